@@ -1,0 +1,2 @@
+from grouped_conv_jax.conv import grouped_conv as grouped_conv
+from grouped_conv_jax.implementations import implementations as implementations

@@ -1,0 +1,175 @@
+"""The primitive: one contraction of the trilinear form behind a convolution, and its rules.
+
+A convolution with kernel w is one trilinear form T(x, w, y) = <conv(x, w), y>, and leaving one
+argument out gives the three contractions
+
+    fprop(x, w) -> y        dgrad(y, w) -> x        wgrad(x, y) -> w
+
+Each is bilinear, so its jvp is two binds of itself, and its transpose in either operand is the
+contraction that computes that operand. Hence one primitive, with the contraction and the spec of
+the forward convolution as parameters, is closed under differentiation to any order.
+
+Batching is one table. In letters x is [N, (G C)], w is [(G O), C] and y is [N, (G O)]; each of
+N, G, C and O stands in exactly the arrays that a mapped axis can stand in together, so the mapped
+axis becomes part of the letter that the mapped operands and the result share.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir, xla
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes
+
+from grouped_conv_jax import selection
+from grouped_conv_jax.implementations import TABLE
+from grouped_conv_jax.spec import Contraction, ConvSpec, Factor, Role
+
+OPERANDS: dict[Contraction, tuple[Role, Role]] = {
+    "fprop": ("lhs", "rhs"),
+    "dgrad": ("out", "rhs"),
+    "wgrad": ("lhs", "out"),
+}
+RESULT: dict[Contraction, Role] = {"fprop": "out", "dgrad": "lhs", "wgrad": "rhs"}
+COMPUTES: dict[Role, Contraction] = {role: contraction for contraction, role in RESULT.items()}
+
+grouped_conv_p = Primitive("grouped_conv")
+grouped_conv_p.def_impl(lambda *args, **params: xla.apply_primitive(grouped_conv_p, *args, **params))
+
+
+def contract(
+    contraction: Contraction,
+    first: Any,
+    second: Any,
+    *,
+    spec: ConvSpec,
+    implementation: str | None,
+    out_sharding: NamedSharding | None,
+) -> jax.Array:
+    """Binds the primitive; operands in the order of `OPERANDS[contraction]`."""
+    return grouped_conv_p.bind(
+        *_aligned(first, second),
+        contraction=contraction,
+        spec=spec,
+        implementation=implementation,
+        out_sharding=out_sharding,
+    )
+
+
+def _aligned(first: Any, second: Any) -> tuple[Any, Any]:
+    """Inside `shard_map`, both operands varying over the same mesh axes.
+
+    The cast is what makes gradients right: its transpose sums the gradient of an operand that is
+    replicated over an axis along which the other one differs.
+    """
+    varying = [jax.typeof(x).mat.varying for x in (first, second)]
+    first_missing, second_missing = varying[1] - varying[0], varying[0] - varying[1]
+    if first_missing:
+        first = jax.lax.pcast(first, tuple(sorted(first_missing)), to="varying")
+    if second_missing:
+        second = jax.lax.pcast(second, tuple(sorted(second_missing)), to="varying")
+    return first, second
+
+
+# Types.
+
+
+@grouped_conv_p.def_abstract_eval
+def _abstract_eval(first, second, *, contraction, spec, implementation, out_sharding):
+    role = RESULT[contraction]
+    if out_sharding is None:
+        unsharded = PartitionSpec(*[None] * first.ndim)
+        out_sharding = NamedSharding(first.sharding.mesh, unsharded)
+    return first.update(
+        shape=spec.shape(role),
+        dtype=spec.role_dtype(role),
+        weak_type=first.weak_type and second.weak_type,
+        sharding=out_sharding,
+    )
+
+
+# Derivatives.
+
+
+def _transpose_rule(position: int):
+    def rule(cotangent, first, second, *, contraction, spec, implementation, out_sharding):
+        operands = OPERANDS[contraction]
+        values = dict(zip(operands, (first, second), strict=True))
+        values[RESULT[contraction]] = cotangent
+        sharding = values[operands[position]].aval.sharding
+        transposed = COMPUTES[operands[position]]
+        return contract(
+            transposed,
+            *(values[role] for role in OPERANDS[transposed]),
+            spec=spec,
+            implementation=implementation,
+            out_sharding=sharding if AxisType.Explicit in sharding.mesh.axis_types else None,
+        )
+
+    return rule
+
+
+ad.defbilinear(grouped_conv_p, _transpose_rule(0), _transpose_rule(1))
+
+
+# Batching.
+
+_FACTOR: dict[frozenset[Role], Factor] = {
+    frozenset({"lhs", "out"}): "N",
+    frozenset({"lhs", "rhs"}): "C",
+    frozenset({"rhs", "out"}): "O",
+    frozenset({"lhs", "rhs", "out"}): "G",
+}
+
+
+def _batching_rule(operands, axes, *, contraction, spec, implementation, out_sharding):
+    size = next(
+        x.shape[axis] for x, axis in zip(operands, axes, strict=True) if axis is not None
+    )
+    result = RESULT[contraction]
+    if size == 0:
+        return jnp.zeros((0, *spec.shape(result)), spec.role_dtype(result)), 0
+    roles = OPERANDS[contraction]
+    mapped = {role for role, axis in zip(roles, axes, strict=True) if axis is not None}
+    factor = _FACTOR[frozenset({*mapped, result})]
+    folded = (
+        x if axis is None else spec.fold(role, factor, x, axis)
+        for role, x, axis in zip(roles, operands, axes, strict=True)
+    )
+    out = contract(
+        contraction,
+        *folded,
+        spec=spec.folded(factor, size),
+        implementation=implementation,
+        out_sharding=out_sharding,
+    )
+    return spec.unfold(result, factor, out, size)
+
+
+batching.primitive_batchers[grouped_conv_p] = _batching_rule
+
+
+# Lowering: the choice of the implementation is made here, per platform.
+
+
+def _lowering_rule(platform: str):
+    def rule(ctx, *operands, contraction, spec, implementation, out_sharding):
+        def compute(first, second):
+            result = RESULT[contraction]
+            if any(n == 0 for n in (*first.shape, *second.shape, *spec.shape(result))):
+                return jnp.zeros(spec.shape(result), spec.role_dtype(result))
+            name = selection.resolve(implementation, contraction, spec, platform)
+            with jax.named_scope(f"grouped_conv.{contraction}.{name}"):
+                return getattr(TABLE[name], contraction)(first, second, spec)
+
+        if AxisType.Explicit in ctx.avals_out[0].sharding.mesh.axis_types:
+            # The type of the result is settled; how it is computed need not be typed as well.
+            compute = auto_axes(compute, out_sharding=ctx.avals_out[0].sharding)
+        return mlir.lower_fun(compute, multiple_results=False)(ctx, *operands)
+
+    return rule
+
+
+for _platform in ("cpu", "cuda", "rocm", "tpu"):
+    mlir.register_lowering(grouped_conv_p, _lowering_rule(_platform), platform=_platform)

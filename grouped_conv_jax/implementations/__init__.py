@@ -1,0 +1,40 @@
+"""The ways to compute a contraction, one module each.
+
+An implementation is a module with any of three functions,
+
+    fprop(lhs, rhs, spec) -> out      dgrad(out, rhs, spec) -> lhs      wgrad(lhs, out, spec) -> rhs
+
+(arrays in the layouts of `spec`, the results in its shapes and dtypes; no array is empty), and
+
+    supports(contraction, spec, platform) -> None, or the reason why not
+
+where `platform` is "cpu", "cuda", "rocm" or "tpu". It knows nothing of differentiation, vmap,
+sharding or of when it is chosen. To add one: write the file, add it to `_MODULES`.
+"""
+
+from types import ModuleType
+
+from grouped_conv_jax.implementations import vmap, xla
+from grouped_conv_jax.spec import ConvSpec
+
+_MODULES: tuple[ModuleType, ...] = (xla, vmap)
+
+TABLE: dict[str, ModuleType] = {module.__name__.rpartition(".")[2]: module for module in _MODULES}
+
+
+def implementations() -> tuple[str, ...]:
+    """The names that `implementation=` takes.
+
+    >>> import grouped_conv_jax
+    >>> grouped_conv_jax.implementations()
+    ('xla', 'vmap')
+    """
+    return tuple(TABLE)
+
+
+def unsupported(name: str, contraction: str, spec: ConvSpec, platform: str) -> str | None:
+    """None if the implementation computes this contraction here, else the reason why not."""
+    module = TABLE[name]
+    if not hasattr(module, contraction):
+        return f"it has no {contraction}"
+    return module.supports(contraction, spec, platform)

@@ -1,0 +1,171 @@
+"""What is static about one convolution: `ConvSpec`, and the shapes, sizes and costs that follow.
+
+The spec describes the *forward* convolution; the two gradient contractions are described by the
+same spec (see `contraction`). It is built and validated once, by `arguments`, and trusted after.
+This module knows nothing of differentiation, devices or algorithms.
+
+Letters: N batch, G groups, C input features per group, O output features per group, K taps.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+Role = Literal["lhs", "rhs", "out"]
+"""The three arguments of the trilinear form: the input, the kernel and the output."""
+
+Factor = Literal["N", "G", "C", "O"]
+
+Contraction = Literal["fprop", "dgrad", "wgrad"]
+"""What is computed from the other two: the output, the input's gradient, the kernel's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvSpec:
+    """A forward grouped convolution: shapes, dtypes and canonical arguments.
+
+    Attributes are those of `jax.lax.conv_general_dilated` in canonical form: tuples of integers,
+    padding as pairs, `dimension_numbers` as a `ConvDimensionNumbers` of tuples. `dtype` is that of
+    both operands, `out_dtype` that of the result (`preferred_element_type`).
+    """
+
+    lhs_shape: tuple[int, ...]
+    rhs_shape: tuple[int, ...]
+    dtype: np.dtype
+    out_dtype: np.dtype
+    window_strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    lhs_dilation: tuple[int, ...]
+    rhs_dilation: tuple[int, ...]
+    dimension_numbers: lax.ConvDimensionNumbers
+    feature_group_count: int
+    precision: Any
+
+    # Where things are.
+
+    def layout(self, role: Role) -> tuple[int, ...]:
+        """Positions of the dimensions of one array: (batch or outputs, features, *spatial)."""
+        lhs, rhs, out = self.dimension_numbers
+        return tuple({"lhs": lhs, "rhs": rhs, "out": out}[role])
+
+    def group_dimension(self, role: Role) -> int:
+        """The dimension whose outer factor is the group: (G C), (G O) and (G O)."""
+        return self.layout(role)[0 if role == "rhs" else 1]
+
+    def spatial_dimensions(self, role: Role) -> tuple[int, ...]:
+        return self.layout(role)[2:]
+
+    # How large they are.
+
+    @functools.cached_property
+    def out_shape(self) -> tuple[int, ...]:
+        batch = self.lhs_shape[self.layout("lhs")[0]]
+        features = self.rhs_shape[self.layout("rhs")[0]]
+        canonical = lax.conv_shape_tuple(
+            (batch, 1, *self.extent("lhs")),
+            (features, 1, *self.extent("rhs")),
+            self.window_strides,
+            self.padding,
+        )
+        return tuple(canonical[i] for i in np.argsort(self.layout("out")))
+
+    def shape(self, role: Role) -> tuple[int, ...]:
+        return getattr(self, f"{role}_shape")
+
+    def role_dtype(self, role: Role) -> np.dtype:
+        return self.out_dtype if role == "out" else self.dtype
+
+    def spatial_shape(self, role: Role) -> tuple[int, ...]:
+        shape = self.shape(role)
+        return tuple(shape[d] for d in self.spatial_dimensions(role))
+
+    def extent(self, role: Role) -> tuple[int, ...]:
+        """Spatial sizes with the gaps filled: those of the dilations, for `out` of the strides."""
+        step = {"lhs": self.lhs_dilation, "rhs": self.rhs_dilation, "out": self.window_strides}
+        sizes = self.spatial_shape(role)
+        return tuple(
+            0 if n == 0 else 1 + d * (n - 1) for n, d in zip(sizes, step[role], strict=True)
+        )
+
+    @property
+    def multiply_adds(self) -> int:
+        """Multiply-adds of any of the three contractions, padding counted as if it were data."""
+        inputs_per_group = self.rhs_shape[self.layout("rhs")[1]]
+        return math.prod(self.out_shape) * math.prod(self.spatial_shape("rhs")) * inputs_per_group
+
+    # Folding one more axis into the convolution, for vmap and for an explicit group axis.
+
+    def _place(self, role: Role, factor: Factor) -> tuple[int, int]:
+        """Where a factor lives: (dimension, how many blocks of that dimension are outside it)."""
+        first, second = self.layout(role)[:2]
+        groups = self.feature_group_count
+        places: dict[tuple[Role, Factor], tuple[int, int]] = {
+            ("lhs", "N"): (first, 1),
+            ("lhs", "G"): (second, 1),
+            ("lhs", "C"): (second, groups),
+            ("rhs", "G"): (first, 1),
+            ("rhs", "O"): (first, groups),
+            ("rhs", "C"): (second, 1),
+            ("out", "N"): (first, 1),
+            ("out", "G"): (second, 1),
+            ("out", "O"): (second, groups),
+        }
+        return places[role, factor]
+
+    def folded(self, factor: Factor, size: int) -> "ConvSpec":
+        """The spec of the convolution in which `factor` has become `size` times as large."""
+
+        def grow(role: Role, shape: tuple[int, ...]) -> tuple[int, ...]:
+            if not _has(role, factor):
+                return shape
+            dimension, _ = self._place(role, factor)
+            return (*shape[:dimension], shape[dimension] * size, *shape[dimension + 1 :])
+
+        return dataclasses.replace(
+            self,
+            lhs_shape=grow("lhs", self.lhs_shape),
+            rhs_shape=grow("rhs", self.rhs_shape),
+            feature_group_count=self.feature_group_count * (size if factor == "G" else 1),
+        )
+
+    def fold(self, role: Role, factor: Factor, x: jax.Array, axis: int) -> jax.Array:
+        """Merges the extra `axis` of `x` into `factor`, as the outer part of it."""
+        dimension, outer = self._place(role, factor)
+        at = dimension + (axis <= dimension)
+        split = (*x.shape[:at], outer, x.shape[at] // outer, *x.shape[at + 1 :])
+        x = jnp.moveaxis(x.reshape(split), axis + (axis > at), dimension + 1)
+        merged = (*x.shape[:dimension], math.prod(x.shape[dimension : dimension + 3]))
+        return x.reshape(*merged, *x.shape[dimension + 3 :])
+
+    def unfold(self, role: Role, factor: Factor, x: jax.Array, size: int) -> tuple[jax.Array, int]:
+        """Undoes `fold`: the array with the extra axis taken out again, and where that axis is."""
+        dimension, outer = self._place(role, factor)
+        shape = x.shape
+        inner = shape[dimension] // (outer * size)
+        x = x.reshape(*shape[:dimension], outer, size, inner, *shape[dimension + 1 :])
+        x = jnp.moveaxis(x, dimension + 1, dimension)
+        merged = (*shape[:dimension], size, outer * inner, *shape[dimension + 1 :])
+        return x.reshape(merged), dimension
+
+    def one_group(self) -> "ConvSpec":
+        """The dense convolution that each group is."""
+
+        def shrink(role: Role) -> tuple[int, ...]:
+            shape, dimension = self.shape(role), self.group_dimension(role)
+            size = shape[dimension] // self.feature_group_count
+            return (*shape[:dimension], size, *shape[dimension + 1 :])
+
+        return dataclasses.replace(
+            self, lhs_shape=shrink("lhs"), rhs_shape=shrink("rhs"), feature_group_count=1
+        )
+
+
+def _has(role: Role, factor: Factor) -> bool:
+    return factor in {"lhs": "NGC", "rhs": "GCO", "out": "NGO"}[role]
+
