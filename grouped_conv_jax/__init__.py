@@ -1,2 +1,35 @@
-from grouped_conv_jax.conv import grouped_conv as grouped_conv
-from grouped_conv_jax.implementations import implementations as implementations
+"""Grouped convolution for JAX: right under every transformation, in place of lax's own.
+
+`grouped_conv` is the operation; `nnx`, `linen` and `models` (imported when first used, since
+they need Flax) are the layers and networks on top of it.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from grouped_conv_jax.conv import grouped_conv
+from grouped_conv_jax.counting import count_multiply_adds
+from grouped_conv_jax.implementations import implementations
+
+if TYPE_CHECKING:
+    from grouped_conv_jax import linen, models, nnx, towers
+
+__all__ = [
+    "count_multiply_adds",
+    "grouped_conv",
+    "implementations",
+    "linen",
+    "models",
+    "nnx",
+    "towers",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("linen", "models", "nnx", "towers"):
+        return importlib.import_module(f"grouped_conv_jax.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import lax
+from jax.core import ShapedArray
 from jax.sharding import AxisType, NamedSharding
 
 from grouped_conv_jax.spec import ConvSpec
@@ -91,7 +92,8 @@ def conv_spec(
 
 def group_count(name: str, value: Any) -> int:
     """A positive integer. Booleans and floats are refused: True == 1 and 2.0 == 2 would share
-    compiled programs with the integers that they equal."""
+    compiled programs with the integers that they equal.
+    """
     if isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be an integer, got the boolean {value}")
     count = _index(name, value)
@@ -106,7 +108,7 @@ def array_type(name: str, value: Any) -> Any:
         aval = jax.typeof(value)
     except TypeError:
         aval = None
-    if not isinstance(aval, jax.core.ShapedArray):
+    if not isinstance(aval, ShapedArray):
         raise TypeError(
             f"{name} must be an array, got {type(value).__name__}; convert it with jnp.asarray"
         )
@@ -233,7 +235,7 @@ def _positive_integers(
     return integers
 
 
-def _index(name: str, value: Any) -> int:
+def _index(name: str, value: Any) -> Any:
     try:
         return operator.index(value)
     except TypeError:

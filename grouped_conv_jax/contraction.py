@@ -35,7 +35,9 @@ RESULT: dict[Contraction, Role] = {"fprop": "out", "dgrad": "lhs", "wgrad": "rhs
 COMPUTES: dict[Role, Contraction] = {role: contraction for contraction, role in RESULT.items()}
 
 grouped_conv_p = Primitive("grouped_conv")
-grouped_conv_p.def_impl(lambda *args, **params: xla.apply_primitive(grouped_conv_p, *args, **params))
+grouped_conv_p.def_impl(
+    lambda *args, **params: xla.apply_primitive(grouped_conv_p, *args, **params)
+)
 
 
 def contract(
@@ -124,15 +126,14 @@ _FACTOR: dict[frozenset[Role], Factor] = {
 
 
 def _batching_rule(operands, axes, *, contraction, spec, implementation, out_sharding):
-    size = next(
-        x.shape[axis] for x, axis in zip(operands, axes, strict=True) if axis is not None
-    )
+    size = next(x.shape[axis] for x, axis in zip(operands, axes, strict=True) if axis is not None)
     result = RESULT[contraction]
     if size == 0:
         return jnp.zeros((0, *spec.shape(result)), spec.role_dtype(result)), 0
     roles = OPERANDS[contraction]
-    mapped = {role for role, axis in zip(roles, axes, strict=True) if axis is not None}
-    factor = _FACTOR[frozenset({*mapped, result})]
+    mapped: set[Role] = {result}
+    mapped |= {role for role, axis in zip(roles, axes, strict=True) if axis is not None}
+    factor = _FACTOR[frozenset(mapped)]
     folded = (
         x if axis is None else spec.fold(role, factor, x, axis)
         for role, x, axis in zip(roles, operands, axes, strict=True)
@@ -155,7 +156,7 @@ batching.primitive_batchers[grouped_conv_p] = _batching_rule
 
 def _lowering_rule(platform: str):
     def rule(ctx, *operands, contraction, spec, implementation, out_sharding):
-        def compute(first, second):
+        def compute(first, second) -> Any:
             result = RESULT[contraction]
             if any(n == 0 for n in (*first.shape, *second.shape, *spec.shape(result))):
                 return jnp.zeros(spec.shape(result), spec.role_dtype(result))
@@ -165,8 +166,10 @@ def _lowering_rule(platform: str):
 
         if AxisType.Explicit in ctx.avals_out[0].sharding.mesh.axis_types:
             # The type of the result is settled; how it is computed need not be typed as well.
-            compute = auto_axes(compute, out_sharding=ctx.avals_out[0].sharding)
-        return mlir.lower_fun(compute, multiple_results=False)(ctx, *operands)
+            typed = auto_axes(compute, out_sharding=ctx.avals_out[0].sharding)
+        else:
+            typed = compute
+        return mlir.lower_fun(typed, multiple_results=False)(ctx, *operands)
 
     return rule
 

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from grouped_conv_jax import arguments
 from grouped_conv_jax.contraction import contract
-from grouped_conv_jax.implementations import TABLE
+from grouped_conv_jax.implementations import check_name
 
 
 def grouped_conv(
@@ -86,10 +86,7 @@ def grouped_conv(
       Transformations for Deep Neural Networks", 2017 (many groups); Chollet, "Xception", 2017
       (a group for each feature).
     """
-    if implementation is not None and implementation not in TABLE:
-        raise ValueError(
-            f"unknown implementation {implementation!r}; known: {', '.join(TABLE)}, or None"
-        )
+    check_name(implementation)
     batch_group_count = arguments.group_count("batch_group_count", batch_group_count)
     if batch_group_count > 1:
         lhs, feature_group_count = _feature_groups(

@@ -168,4 +168,3 @@ class ConvSpec:
 
 def _has(role: Role, factor: Factor) -> bool:
     return factor in {"lhs": "NGC", "rhs": "GCO", "out": "NGO"}[role]
-

@@ -32,6 +32,12 @@ def implementations() -> tuple[str, ...]:
     return tuple(TABLE)
 
 
+def check_name(name: str | None) -> None:
+    """Raises ValueError unless `name` is in the table, or None."""
+    if name is not None and name not in TABLE:
+        raise ValueError(f"unknown implementation {name!r}; known: {', '.join(TABLE)}, or None")
+
+
 def unsupported(name: str, contraction: str, spec: ConvSpec, platform: str) -> str | None:
     """None if the implementation computes this contraction here, else the reason why not."""
     module = TABLE[name]

@@ -33,7 +33,8 @@ def fprop(lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
 
 def dgrad(out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
     """[N, (G O)] · [(G C), O] -> [N, (G C)]: a forward convolution of `out`, dilated by the
-    strides, with the kernel turned round and its groups moved from the outputs to the inputs."""
+    strides, with the kernel turned round and its groups moved from the outputs to the inputs.
+    """
     lhs_layout, rhs_layout, out_layout = (spec.layout(role) for role in ("lhs", "rhs", "out"))
     outputs, inputs, *spatial = rhs_layout
     one = spec.one_group()
@@ -56,7 +57,8 @@ def dgrad(out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
 
 def wgrad(lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
     """[(G C), N] · [N, (G O)] -> [C, (G O)]: batch and features change places, `out` is the
-    kernel, and the groups are batch groups."""
+    kernel, and the groups are batch groups.
+    """
     layouts = (spec.layout("lhs"), spec.layout("out"), spec.layout("rhs"))
     rhs = lax.conv_general_dilated(
         lhs.astype(out.dtype),

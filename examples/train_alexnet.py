@@ -1,0 +1,281 @@
+"""Trains the two-tower AlexNet of 2012 on real images, its towers on different devices.
+
+python examples/train_alexnet.py
+python examples/train_alexnet.py --data photos --epochs 60
+python examples/train_alexnet.py --data folder:DIR
+python examples/train_alexnet.py --help
+"""
+
+import dataclasses
+import datetime
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import chex
+import jax
+import optax
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from alexnet import data
+from alexnet.checkpoints import Checkpoints
+from alexnet.config import TrainConfig
+from alexnet.errors import UsageError
+from alexnet.report import save_filters, show_placement
+from alexnet.training import (
+    Normalization,
+    Trainer,
+    TrainState,
+    paper_optimizer,
+    tower_net,
+)
+from grouped_conv_jax.implementations import check_name
+from grouped_conv_jax.models import AlexNetConfig
+from grouped_conv_jax.towers import DATA, make_mesh
+
+RUNS = Path("runs")
+
+
+@dataclasses.dataclass
+class Run:
+    """A run that is set up: nothing that the user can get wrong is left."""
+
+    config: TrainConfig
+    folder: Path
+    dataset: data.Dataset
+    net: AlexNetConfig
+    trainer: Trainer
+    state: TrainState
+    checkpoints: Checkpoints
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in the training images."""
+        return len(self.dataset.train) // self.config.batch_size
+
+
+def main() -> None:
+    """The command line."""
+    config = tyro.cli(TrainConfig)
+    console = Console()
+    try:
+        run = set_up(config)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    describe(run, console)
+    try:
+        train(run, console)
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"stopped; go on with --resume --run-dir {run.folder}", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        run.checkpoints.close()
+
+
+def set_up(config: TrainConfig) -> Run:
+    """Loads the images, places the net and begins or resumes the run folder.
+
+    Raises:
+      UsageError: an option or a folder is wrong.
+    """
+    config.check()
+    with user_errors():
+        check_name(config.implementation)
+    data_devices, group_devices = choose_mesh(config)
+    with user_errors():
+        mesh = make_mesh(data_devices, group_devices)
+    image_size = config.net(num_classes=2, image_channels=3).image_size
+    dataset = data.load(config.data, image_size, config.seed)
+    net = config.net(len(dataset.classes), dataset.channels)
+    with user_errors():
+        net.check()
+    if config.towers % group_devices:
+        raise UsageError(f"{config.towers} towers cannot be shared by {group_devices} devices")
+    if config.batch_size % mesh.shape[DATA]:
+        raise UsageError(
+            f"a batch of {config.batch_size} images does not divide over {mesh.shape[DATA]} devices"
+        )
+    if config.batch_size > len(dataset.train):
+        raise UsageError(
+            f"a batch of {config.batch_size} is more than the {len(dataset.train)} training images"
+        )
+    folder = run_folder(config)
+
+    steps = len(dataset.train) // config.batch_size
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, min(steps, config.epochs * steps // 2), config.epochs * steps
+    )
+    trainer = Trainer(
+        tower_net(net, mesh, config.implementation),
+        paper_optimizer(schedule, config.momentum, config.weight_decay),
+        image_size=net.image_size,
+        normalization=Normalization.of(dataset.train.images),
+        flip=dataset.flip,
+        seed=config.seed,
+    )
+    state = trainer.init()
+    checkpoints = Checkpoints(folder / "checkpoints")
+    if config.resume:
+        state = checkpoints.restore_newest(like=state)
+        forget_after(folder / "metrics.jsonl", int(state.step))
+    else:
+        config.save(folder / "config.json")
+    return Run(config, folder, dataset, net, trainer, state, checkpoints)
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """What the library refuses here, the user has asked for."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def choose_mesh(config: TrainConfig) -> tuple[int, int]:
+    """Devices for examples and for towers; makes two CPU devices where there is nothing else."""
+    # Has no effect on accelerators, and none once a device has been used.
+    jax.config.update("jax_num_cpu_devices", config.mesh[0] * config.mesh[1] if config.mesh else 2)
+    if config.mesh:
+        return config.mesh
+    devices = len(jax.devices())
+    group = max(n for n in range(1, devices + 1) if config.towers % n == 0)
+    return devices // group, group
+
+
+def run_folder(config: TrainConfig) -> Path:
+    """The folder of this run: a new one, or with `--resume` the one to go on with."""
+    if config.resume:
+        folder = config.run_dir
+        if folder is None:
+            started = sorted(RUNS.glob("*/config.json"), key=lambda path: path.stat().st_mtime)
+            if not started:
+                raise UsageError(f"nothing to resume: no run in {RUNS.absolute()}")
+            folder = started[-1].parent
+        config.check_same_as(folder / "config.json")
+        return folder
+    kind = config.data.partition(":")[0]
+    folder = config.run_dir or RUNS / f"{kind}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise UsageError(f"{folder} is not empty; go on with --resume, or name another folder")
+    except OSError as error:
+        raise UsageError(f"cannot make the run folder {folder}: {error.strerror}") from error
+    return folder
+
+
+def describe(run: Run, console: Console) -> None:
+    """Shows what is about to be trained, and where it lives."""
+    mesh = run.trainer.net.mesh
+    parameters = sum(array.size for array in jax.tree.leaves(run.state.params))
+    console.print(
+        f"AlexNet ({run.config.preset}): {run.net.towers} towers, {parameters:,} parameters. "
+        f"{run.config.data}: {len(run.dataset.train):,} training and {len(run.dataset.test):,} "
+        f"test images of {len(run.dataset.classes)} classes."
+    )
+    show_placement(console, mesh, run.net.towers, run.state.params)
+    console.print(f"Run folder: {run.folder}")
+
+
+def train(run: Run, console: Console) -> None:
+    """Trains to the last epoch; evaluates, logs and saves after each."""
+    first = int(run.state.step) // run.steps_per_epoch
+    with Progress(
+        TextColumn("epoch {task.fields[epoch]}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[numbers]}  left"),
+        TimeRemainingColumn(),
+        console=console,
+    ) as progress:
+        bar = progress.add_task(
+            "",
+            total=run.config.epochs * run.steps_per_epoch,
+            completed=int(run.state.step),
+            epoch=first + 1,
+            numbers="",
+        )
+        for epoch in range(first, run.config.epochs):
+            progress.update(bar, epoch=epoch + 1)
+            evaluation = train_epoch(
+                run, epoch, lambda numbers: progress.update(bar, advance=1, numbers=numbers)
+            )
+            with (run.folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(evaluation) + "\n")
+            run.checkpoints.save(run.state)
+            console.print(
+                f"epoch {epoch + 1:3}: train loss {evaluation['train_loss']:.4f}, "
+                f"train accuracy {evaluation['train_accuracy']:.1%}, "
+                f"test accuracy {evaluation['test_accuracy']:.2%}, "
+                f"{evaluation['images_per_second']:.0f} images/s"
+            )
+    filters = run.folder / "filters.png"
+    save_filters(filters, run.state.params["convolutions"][0]["kernel"], run.net.towers)
+    console.print(f"Test accuracy: {test_accuracy(run):.2%}. Filters of conv1: {filters}")
+
+
+def train_epoch(run: Run, epoch: int, show: Callable[[str], None]) -> dict[str, float]:
+    """One pass over the training images, and the evaluation after it."""
+    losses, accuracies, began, speed = [], [], math.nan, 0.0
+    for batch in data.batches(run.dataset.train, run.config.batch_size, run.config.seed, epoch):
+        run.state, metrics = run.trainer.step(run.state, batch)
+        loss, accuracy = (float(x) for x in jax.device_get(metrics))
+        check_finite(run, loss)
+        losses.append(loss)
+        accuracies.append(accuracy)
+        # The first step of a run is mostly compilation: speed is counted from its end.
+        if len(losses) == 1:
+            began = time.perf_counter()
+        else:
+            images = (len(losses) - 1) * run.config.batch_size
+            speed = images / (time.perf_counter() - began)
+        show(f"loss {loss:.3f}  accuracy {accuracy:.1%}  {speed:.0f} images/s")
+    return {
+        "epoch": epoch + 1,
+        "step": int(run.state.step),
+        "train_loss": statistics.fmean(losses),
+        "train_accuracy": statistics.fmean(accuracies),
+        "test_accuracy": test_accuracy(run),
+        "images_per_second": speed,
+    }
+
+
+def test_accuracy(run: Run) -> float:
+    """Share of right answers on the test images."""
+    return run.trainer.accuracy(run.state.params, run.dataset.test, run.config.batch_size)
+
+
+def check_finite(run: Run, loss: float) -> None:
+    """Raises FloatingPointError with the way back once the loss is infinite or not a number."""
+    try:
+        chex.assert_tree_all_finite(loss)
+    except AssertionError as error:
+        raise FloatingPointError(
+            f"the loss is {loss} after step {int(run.state.step)}; try a smaller --learning-rate, "
+            f"or look at the checkpoints in {run.folder / 'checkpoints'}"
+        ) from error
+
+
+def forget_after(metrics: Path, step: int) -> None:
+    """Drops the evaluations after `step` from a run that is gone on with from there."""
+    if metrics.exists():
+        lines = [
+            line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= step
+        ]
+        metrics.write_text("".join(line + "\n" for line in lines))
+
+
+if __name__ == "__main__":
+    main()

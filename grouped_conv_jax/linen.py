@@ -1,0 +1,43 @@
+"""Layers for Flax linen: Flax's own, with the op injected."""
+
+import dataclasses
+
+import jax
+from flax import linen
+
+from grouped_conv_jax.layers import Convolution, check_features
+
+
+class GroupedConv(linen.Conv):
+    """`flax.linen.Conv` in groups, on `grouped_conv`.
+
+    Inputs are channels-last, (*batch, *spatial, in_features); the kernel is
+    (*kernel_size, in_features // feature_group_count, features).
+
+    Attributes are those of `flax.linen.Conv` (padding modes, mask, dtypes, initialisers and the
+    rest), of which `feature_group_count` is required, and `implementation`: a name from
+    `grouped_conv_jax.implementations()`, or None to choose.
+
+    Raises:
+      ValueError, TypeError: when called, if the groups do not divide the features.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from grouped_conv_jax.linen import GroupedConv
+      >>> layer = GroupedConv(features=12, kernel_size=(3, 3), feature_group_count=4)
+      >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.ones((1, 5, 5, 8)))
+      >>> variables["params"]["kernel"].shape, y.shape
+      ((3, 3, 2, 12), (1, 5, 5, 12))
+    """
+
+    feature_group_count: int = dataclasses.field(kw_only=True)
+    implementation: str | None = dataclasses.field(default=None, kw_only=True)
+
+    def __post_init__(self):
+        self.conv_general_dilated = Convolution(self.implementation)
+        super().__post_init__()
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Convolves `inputs`, (*batch, *spatial, in_features)."""
+        check_features(inputs.shape[-1], self.features, self.feature_group_count)
+        return super().__call__(inputs)
