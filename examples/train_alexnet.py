@@ -64,8 +64,11 @@ class Run:
 def main() -> None:
     """The command line."""
     config = tyro.cli(TrainConfig)
-    console = Console()
+    console = Console(soft_wrap=True)
     try:
+        config.check()
+        # Two devices where there is nothing but a CPU; accelerators are as many as there are.
+        jax.config.update("jax_num_cpu_devices", math.prod(config.mesh) if config.mesh else 2)
         run = set_up(config)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -89,7 +92,6 @@ def set_up(config: TrainConfig) -> Run:
     Raises:
       UsageError: an option or a folder is wrong.
     """
-    config.check()
     with user_errors():
         check_name(config.implementation)
     data_devices, group_devices = choose_mesh(config)
@@ -144,9 +146,7 @@ def user_errors() -> Iterator[None]:
 
 
 def choose_mesh(config: TrainConfig) -> tuple[int, int]:
-    """Devices for examples and for towers; makes two CPU devices where there is nothing else."""
-    # Has no effect on accelerators, and none once a device has been used.
-    jax.config.update("jax_num_cpu_devices", config.mesh[0] * config.mesh[1] if config.mesh else 2)
+    """Devices for examples and for towers: as many for towers as can share them."""
     if config.mesh:
         return config.mesh
     devices = len(jax.devices())

@@ -40,12 +40,12 @@ class TowerNet:
     """A net whose towers are spread over the `group` axis of a mesh.
 
     Attributes:
-      build: makes the net from the number of devices that share its towers and the keys of the
-        initialisers; 1 gives the whole net.
+      build: makes the net, from the number of devices that share its towers (None for the whole
+        net, that no devices share) and the keys of the initialisers.
       mesh: the devices; see `make_mesh`.
     """
 
-    build: Callable[[int, nnx.Rngs], nnx.Module]
+    build: Callable[[int | None, nnx.Rngs], nnx.Module]
     mesh: Mesh
 
     def init(self, key: jax.Array) -> Any:
@@ -55,14 +55,14 @@ class TowerNet:
         """
 
         def whole(key):
-            return nnx.to_pure_dict(nnx.state(self.build(1, nnx.Rngs(key)), nnx.Param))
+            return nnx.to_pure_dict(nnx.state(self.build(None, nnx.Rngs(key)), nnx.Param))
 
         return jax.jit(whole, out_shardings=self.shardings)(key)
 
     @property
     def specs(self) -> Any:
         """The PartitionSpec of each parameter, from the metadata of the net."""
-        net = nnx.eval_shape(lambda: self.build(1, nnx.Rngs(0)))
+        net = nnx.eval_shape(lambda: self.build(None, nnx.Rngs(0)))
         return nnx.to_pure_dict(nnx.get_partition_spec(nnx.state(net, nnx.Param)))
 
     @property

@@ -69,6 +69,8 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "towers"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{_option(name)} must be at least 1, got {getattr(self, name)}")
+        if self.mesh and min(self.mesh) < 1:
+            raise UsageError(f"--mesh must be two numbers of at least 1, got {self.mesh}")
         for name in ("learning_rate", "momentum", "weight_decay", "seed"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UsageError(f"--{_option(name)} must be 0 or more, got {getattr(self, name)}")

@@ -87,7 +87,9 @@ class Trainer:
         scalar = PartitionSpec()
         self._loss = program(self._loss_on_device, (scalar, scalar))
         self._right = jax.jit(program(self._right_on_device, scalar))
-        # The batch's shape is constant, so a second trace would mean a second compilation.
+        # The batch's shape is constant, so a second trace would mean a second compilation. chex
+        # counts the traces of all trainers together.
+        chex.clear_trace_counter()
         self._train_step = jax.jit(chex.assert_max_traces(self._step, n=1), donate_argnames="state")
 
     def init(self) -> TrainState:

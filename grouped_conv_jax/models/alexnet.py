@@ -129,15 +129,17 @@ class AlexNetConfig:
 class AlexNet(nnx.Module):
     """AlexNet, whole, or the part of it that one device of several holds.
 
-    With `axis_size` 1 this is the whole net, to be called anywhere. Inside `shard_map` over a
+    Without `axis_size` this is the whole net, to be called anywhere. Inside `shard_map` over a
     mesh axis `axis_name` of D devices, build it with `axis_size=D` (under `nnx.eval_shape`): it
     is then a net of towers / D towers, whose parameters are the slices of the whole net's that
     their `out_sharding` metadata says, and which talks to the other devices over that axis.
+    `grouped_conv_jax.towers.TowerNet` does both.
 
     Args:
       config: the net; see `AlexNetConfig`.
       axis_name: the mesh axis over which the towers are spread; also the name in the metadata.
-      axis_size: the number of devices on it; divides the towers.
+      axis_size: the number of devices on it, which divides the towers, for the part of the net
+        that one of them holds; None for the whole net.
       implementation: of the convolutions, a name from `grouped_conv_jax.implementations()`.
       rngs: keys for the initialisers (stream "params").
 
@@ -158,20 +160,21 @@ class AlexNet(nnx.Module):
         config: AlexNetConfig,
         *,
         axis_name: str = "group",
-        axis_size: int = 1,
+        axis_size: int | None = None,
         implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
         config.check()
-        if config.towers % axis_size:
+        devices = 1 if axis_size is None else axis_size
+        if config.towers % devices:
             raise ValueError(
-                f"{axis_size} devices on the axis {axis_name!r} cannot share {config.towers} "
+                f"{devices} devices on the axis {axis_name!r} cannot share {config.towers} "
                 "towers evenly; take a number of devices that divides the towers"
             )
         self.config = config
         self.axis_name = axis_name
         self.axis_size = axis_size
-        self.towers = config.towers // axis_size
+        self.towers = config.towers // devices
 
         features = config.image_channels
         convolutions = []
@@ -179,8 +182,8 @@ class AlexNet(nnx.Module):
             own = conv.inputs == "own"
             convolutions.append(
                 GroupedConv(
-                    features // axis_size if own else features,
-                    conv.features // axis_size,
+                    features // devices if own else features,
+                    conv.features // devices,
                     (conv.kernel_size, conv.kernel_size),
                     conv.strides,
                     padding=[conv.padding, conv.padding],
@@ -202,7 +205,7 @@ class AlexNet(nnx.Module):
             hidden.append(
                 nnx.Linear(
                     inputs,
-                    units // axis_size,
+                    units // devices,
                     kernel_init=_kernel_init(config),
                     bias_init=nnx.initializers.constant(config.hidden_bias),
                     kernel_metadata=_sharded(None, axis_name),
@@ -215,7 +218,7 @@ class AlexNet(nnx.Module):
         # Each tower weighs its own units for every class: the kernel is cut along its inputs,
         # and the bias belongs to no tower.
         self.classes = nnx.Linear(
-            inputs // axis_size,
+            inputs // devices,
             config.num_classes,
             use_bias=False,
             kernel_init=_kernel_init(config),
@@ -257,10 +260,12 @@ class AlexNet(nnx.Module):
         Takes what this device's towers have computed; gives the features of all towers side by
         side ("gather"), or the sum over the devices ("sum", the logits).
         """
-        if self.axis_size == 1:
+        if self.axis_size is None:
             return x
         if how == "sum":
             return lax.psum(x, self.axis_name)
+        if self.axis_size == 1:
+            return x
         return lax.all_gather(x, self.axis_name, axis=x.ndim - 1, tiled=True)
 
     def _normalize(self, x: jax.Array) -> jax.Array:
@@ -277,8 +282,9 @@ class AlexNet(nnx.Module):
         """
         if keys is None:
             return x
-        first = lax.axis_index(self.axis_name) * self.towers if self.axis_size > 1 else 0
-        towers = first + jnp.arange(self.towers)
+        towers = jnp.arange(self.towers)
+        if self.axis_size is not None:
+            towers += lax.axis_index(self.axis_name) * self.towers
 
         def drop(units, key, tower):
             key = jax.random.fold_in(jax.random.fold_in(key, layer), tower)

@@ -1,0 +1,192 @@
+"""The Flax layers are Flax's own Conv: the same parameters, the same outputs and gradients."""
+
+import copy
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import IMPLEMENTATIONS, random
+from flax import linen, nnx
+from jaxprs import convolutions
+
+import grouped_conv_jax
+from grouped_conv_jax import grouped_conv
+
+# Arguments of a layer with 6 inputs and 12 outputs in 3 groups, and the shape of its input.
+LAYERS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "two dimensions": (dict(kernel_size=(3, 3)), (2, 7, 6, 6)),
+    "one dimension": (dict(kernel_size=3, padding="CAUSAL"), (2, 9, 6)),
+    "three dimensions": (dict(kernel_size=(2, 3, 2), padding="VALID"), (2, 4, 4, 4, 6)),
+    "strides and dilation": (
+        dict(kernel_size=(3, 2), strides=(2, 1), kernel_dilation=(1, 2), padding=[(1, 0), (2, 1)]),
+        (2, 7, 6, 6),
+    ),
+    "input dilation": (
+        dict(kernel_size=(3, 3), input_dilation=2, padding=((1, 1), (1, 1))),
+        (2, 4, 4, 6),
+    ),
+    "circular": (dict(kernel_size=(3, 3), padding="CIRCULAR"), (2, 6, 6, 6)),
+    "reflect": (dict(kernel_size=(3, 3), padding="REFLECT"), (2, 6, 6, 6)),
+    "an integer of padding": (dict(kernel_size=(3, 3), padding=1), (2, 6, 6, 6)),
+    "no batch": (dict(kernel_size=(3, 3)), (6, 6, 6)),
+    "two batch dimensions": (dict(kernel_size=(3, 3)), (2, 3, 6, 6, 6)),
+    "no bias": (dict(kernel_size=(3, 3), use_bias=False), (2, 6, 6, 6)),
+    "mask": (
+        dict(kernel_size=(3, 3), mask=np.tri(9, 24, dtype=np.float32).reshape(3, 3, 2, 12)),
+        (2, 6, 6, 6),
+    ),
+    "bfloat16": (dict(kernel_size=(3, 3), dtype=jnp.bfloat16), (2, 6, 6, 6)),
+    "precision": (dict(kernel_size=(3, 3), precision="highest"), (2, 6, 6, 6)),
+}
+
+each_layer = pytest.mark.parametrize(("arguments", "shape"), LAYERS.values(), ids=LAYERS)
+each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+def assert_trees_close(actual: Any, expected: Any) -> None:
+    def close(a, e):
+        assert a.dtype == e.dtype
+        tolerance = 64 * float(jnp.finfo(a.dtype).eps)
+        np.testing.assert_allclose(
+            np.float64(a), np.float64(e), atol=tolerance * max(1.0, np.abs(np.float64(e)).max())
+        )
+
+    jax.tree.map(close, actual, expected)
+
+
+def outputs_and_gradients(apply, params, x):
+    def loss(params, x):
+        y = apply(params, x)
+        return jnp.sum(jnp.sin(y.astype(jnp.float32))), y
+
+    grads, y = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(params, x)
+    return y, grads
+
+
+@each_implementation
+@each_layer
+def test_linen_equals_flax(arguments, shape, implementation):
+    x = jnp.asarray(random("x", shape, np.float32))
+    flax = linen.Conv(features=12, feature_group_count=3, **arguments)
+    ours = grouped_conv_jax.linen.GroupedConv(
+        features=12, feature_group_count=3, implementation=implementation, **arguments
+    )
+    params = flax.init(jax.random.key(0), x)
+    jax.tree.map(np.testing.assert_array_equal, ours.init(jax.random.key(0), x), params)
+    assert_trees_close(
+        outputs_and_gradients(ours.apply, params, x), outputs_and_gradients(flax.apply, params, x)
+    )
+
+
+@each_implementation
+@each_layer
+def test_nnx_equals_flax(arguments, shape, implementation):
+    x = jnp.asarray(random("x", shape, np.float32))
+
+    def results(layer):
+        graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
+        y, grads = outputs_and_gradients(
+            lambda params, x: nnx.merge(graphdef, params, rest)(x), params, x
+        )
+        return y, nnx.to_pure_dict(grads[0]), grads[1], nnx.to_pure_dict(params)
+
+    ours = grouped_conv_jax.nnx.GroupedConv(
+        6, 12, feature_group_count=3, implementation=implementation, rngs=nnx.Rngs(0), **arguments
+    )
+    flax = nnx.Conv(6, 12, feature_group_count=3, rngs=nnx.Rngs(0), **arguments)
+    assert_trees_close(results(ours), results(flax))
+
+
+def test_flax_takes_the_op_as_its_convolution():
+    x = jnp.asarray(random("x", (2, 6, 6, 6), np.float32))
+    arguments = dict(kernel_size=(3, 3), feature_group_count=3)
+    plain = nnx.Conv(6, 12, rngs=nnx.Rngs(0), **arguments)
+    ours = nnx.Conv(6, 12, conv_general_dilated=grouped_conv, rngs=nnx.Rngs(0), **arguments)
+    np.testing.assert_allclose(ours(x), plain(x), rtol=1e-5, atol=1e-5)
+    assert len(convolutions(ours, x)) == 1
+
+    layer = linen.Conv(12, conv_general_dilated=grouped_conv, **arguments)
+    variables = layer.init(jax.random.key(0), x)
+    expected = linen.Conv(12, **arguments).apply(variables, x)
+    np.testing.assert_allclose(layer.apply(variables, x), expected, rtol=1e-5, atol=1e-5)
+    assert len(convolutions(layer.apply, variables, x)) == 1
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_implementation_is_passed_on(implementation):
+    x = jnp.ones((1, 4, 4, 6))
+    layer = grouped_conv_jax.nnx.GroupedConv(
+        6, 6, (1, 1), feature_group_count=2, implementation=implementation, rngs=nnx.Rngs(0)
+    )
+    (equation,) = convolutions(layer, x)
+    assert equation.params["implementation"] == implementation
+    layer = grouped_conv_jax.linen.GroupedConv(
+        6, (1, 1), feature_group_count=2, implementation=implementation
+    )
+    variables = layer.init(jax.random.key(0), x)
+    (equation,) = convolutions(layer.apply, variables, x)
+    assert equation.params["implementation"] == implementation
+
+
+def test_groups_are_required():
+    with pytest.raises(TypeError, match="feature_group_count"):
+        grouped_conv_jax.nnx.GroupedConv(6, 12, (3, 3), rngs=nnx.Rngs(0))  # pyright: ignore
+    with pytest.raises(TypeError, match="feature_group_count"):
+        grouped_conv_jax.linen.GroupedConv(12, (3, 3))  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("groups", "error", "message"),
+    [
+        (4, ValueError, r"feature_group_count=4 does not divide the input features \(6\)"),
+        (6, ValueError, r"feature_group_count=6 does not divide the output features \(8\)"),
+        (0, ValueError, "at least 1, got 0"),
+        (2.0, TypeError, "got 2.0"),
+        (True, TypeError, "boolean"),
+    ],
+)
+def test_bad_groups_are_refused_when_the_layer_is_made_or_called(groups, error, message):
+    with pytest.raises(error, match=message):
+        grouped_conv_jax.nnx.GroupedConv(6, 8, (3, 3), feature_group_count=groups, rngs=nnx.Rngs(0))
+    layer = grouped_conv_jax.linen.GroupedConv(8, (3, 3), feature_group_count=groups)
+    with pytest.raises(error, match=message):
+        layer.init(jax.random.key(0), jnp.ones((1, 4, 4, 6)))
+
+
+def test_an_unknown_implementation_is_refused_when_the_layer_is_made():
+    with pytest.raises(ValueError, match="unknown implementation 'fast'; known: xla, vmap"):
+        grouped_conv_jax.nnx.GroupedConv(
+            6, 6, (3, 3), feature_group_count=2, implementation="fast", rngs=nnx.Rngs(0)
+        )
+    with pytest.raises(ValueError, match="unknown implementation 'fast'; known: xla, vmap"):
+        grouped_conv_jax.linen.GroupedConv(6, (3, 3), feature_group_count=2, implementation="fast")
+
+
+def test_equal_layers_are_equal_static_data():
+    def make(implementation=None):
+        return grouped_conv_jax.nnx.GroupedConv(
+            6, 6, (3, 3), feature_group_count=2, implementation=implementation, rngs=nnx.Rngs(0)
+        )
+
+    layer = make()
+    for same in (make(), copy.deepcopy(layer)):
+        assert nnx.graphdef(layer) == nnx.graphdef(same)
+        assert hash(nnx.graphdef(layer)) == hash(nnx.graphdef(same))
+    assert nnx.graphdef(layer) != nnx.graphdef(make("xla"))
+
+
+def test_linen_partitioning_metadata_is_kept():
+    layer = grouped_conv_jax.linen.GroupedConv(
+        12,
+        (3, 3),
+        feature_group_count=2,
+        kernel_init=linen.with_partitioning(
+            linen.initializers.lecun_normal(), (None, None, None, "group")
+        ),
+    )
+    variables = layer.init(jax.random.key(0), jnp.ones((1, 4, 4, 6)))
+    specs = linen.get_partition_spec(variables)
+    assert specs["params"]["kernel"] == jax.sharding.PartitionSpec(None, None, None, "group")
+    assert layer.apply(variables, jnp.ones((1, 4, 4, 6))).shape == (1, 4, 4, 12)

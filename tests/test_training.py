@@ -1,0 +1,138 @@
+"""The training steps of the example: the same losses on any devices, and no second compilation."""
+
+import dataclasses
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from test_alexnet import TINY
+
+from alexnet.checkpoints import Checkpoints
+from alexnet.data import Split, batches, digits, padded_batches
+from alexnet.errors import UsageError
+from alexnet.report import bytes_by_device
+from alexnet.training import Normalization, Trainer, paper_optimizer, tower_net
+from grouped_conv_jax.towers import make_mesh
+
+BATCH, STEPS = 16, 8
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return digits(36, seed=0)
+
+
+def trainer(dataset, data: int, group: int, *, flip: bool = False) -> Trainer:
+    config = dataclasses.replace(TINY, num_classes=10, image_channels=1)
+    return Trainer(
+        tower_net(config, make_mesh(data, group), implementation=None),
+        paper_optimizer(0.02, 0.9, 5e-4),
+        image_size=32,
+        normalization=Normalization.of(dataset.train.images),
+        flip=flip,
+        seed=5,
+    )
+
+
+def train(run: Trainer, state, dataset, steps: int, first: int = 0):
+    losses = []
+    epoch = batches(dataset.train, BATCH, seed=0, epoch=0)
+    for batch in itertools.islice(epoch, first, first + steps):
+        state, metrics = run.step(state, batch)
+        losses.append(float(metrics.loss))
+    return state, losses
+
+
+@pytest.fixture(scope="module")
+def losses_of_one_device(dataset):
+    run = trainer(dataset, 1, 1)
+    return train(run, run.init(), dataset, STEPS)[1]
+
+
+@pytest.mark.parametrize(("data", "group"), [(1, 2), (2, 2)])
+def test_the_losses_are_those_of_one_device(dataset, losses_of_one_device, data, group):
+    run = trainer(dataset, data, group)
+    state, losses = train(run, run.init(), dataset, STEPS)
+    np.testing.assert_allclose(losses, losses_of_one_device, rtol=2e-4)
+    assert len(set(losses)) == STEPS
+    assert int(state.step) == STEPS
+
+
+def test_a_device_holds_the_optimizer_state_of_its_towers_only(dataset):
+    alone, spread = (
+        bytes_by_device(trainer(dataset, 1, group).init().opt_state) for group in (1, 2)
+    )
+    assert len(spread) == 2
+    assert max(spread.values()) < 0.51 * sum(alone.values())
+
+
+def test_a_second_batch_shape_is_not_compiled_in_silence(dataset):
+    run = trainer(dataset, 1, 2)
+    state, _ = train(run, run.init(), dataset, 2)
+    other = next(batches(dataset.train, BATCH // 2, seed=0, epoch=0))
+    with pytest.raises(AssertionError, match="traced"):
+        run.step(state, other)
+
+
+def test_accuracy_counts_every_image_once(dataset):
+    run = trainer(dataset, 2, 2)
+    params = run.init().params
+    whole = run.accuracy(params, dataset.test, len(dataset.test) + 1)
+    assert run.accuracy(params, dataset.test, 50) == pytest.approx(whole)
+    assert 0 < whole < 1
+
+
+def test_a_checkpoint_goes_on_on_other_devices(dataset, losses_of_one_device, tmp_path):
+    first = trainer(dataset, 1, 2)
+    state, _ = train(first, first.init(), dataset, 3)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state)
+    checkpoints.close()
+
+    second = trainer(dataset, 2, 1)
+    like = second.init()
+    restored = Checkpoints(tmp_path).restore_newest(like)
+    jax.tree.map(lambda a, b: a.sharding == b.sharding or pytest.fail("moved"), restored, like)
+    assert int(restored.step) == 3
+    _, losses = train(second, restored, dataset, STEPS - 3, first=3)
+    np.testing.assert_allclose(losses, losses_of_one_device[3:], rtol=2e-4)
+
+
+def test_without_a_checkpoint_there_is_nothing_to_resume(dataset, tmp_path):
+    run = trainer(dataset, 1, 1)
+    with pytest.raises(UsageError, match="nothing to resume: no checkpoint in"):
+        Checkpoints(tmp_path / "empty").restore_newest(run.init())
+
+
+def test_crops_and_flips_are_of_the_image(dataset):
+    run = trainer(dataset, 1, 1, flip=True)
+    image = np.arange(36 * 36, dtype=np.uint8).reshape(36, 36, 1)
+    seen = set()
+    for key in jax.random.split(jax.random.key(0), 200):
+        crop = np.asarray(run._random_crop(image, key))
+        found = [
+            (top, left, flip)
+            for top, left, flip in itertools.product(range(5), range(5), (False, True))
+            if np.array_equal(
+                crop, image[top : top + 32, left : left + 32][:, :: -1 if flip else 1]
+            )
+        ]
+        assert len(found) == 1
+        seen.update(found)
+    assert len(seen) > 45
+
+
+def test_normalization_leaves_mean_0_and_deviation_1(dataset):
+    norm = Normalization.of(dataset.train.images)
+    run = trainer(dataset, 1, 1)
+    images = np.asarray(run._normalize(dataset.train.images))
+    assert abs(images.mean()) < 1e-3
+    assert abs(images.std() - 1) < 1e-3
+    assert norm.mean.shape == norm.std.shape == (1,)
+
+
+def test_padding_completes_the_last_batch():
+    split = Split(np.ones((5, 2, 2, 1), np.uint8), np.arange(5, dtype=np.int32))
+    labels = [batch.labels.tolist() for batch in padded_batches(split, 3)]
+    assert labels == [[0, 1, 2], [3, 4, -1]]
