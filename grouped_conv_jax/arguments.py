@@ -60,8 +60,14 @@ def conv_spec(
         precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
     elif isinstance(precision, list):
         precision = tuple(precision)
+    try:
+        hash(precision)
+    except TypeError:
+        raise TypeError(
+            f"precision must be hashable, as lax's all are, got {precision!r}"
+        ) from None
 
-    out = _as_lax_types_it(
+    out_dtype, result_sharding = _as_lax_types_it(
         lhs,
         rhs,
         out_sharding,
@@ -78,7 +84,7 @@ def conv_spec(
         lhs_shape=lhs.shape,
         rhs_shape=rhs.shape,
         dtype=lhs.dtype,
-        out_dtype=out.dtype,
+        out_dtype=out_dtype,
         window_strides=strides,
         padding=padding,
         lhs_dilation=lhs_dilation,
@@ -87,7 +93,7 @@ def conv_spec(
         feature_group_count=groups,
         precision=precision,
     )
-    return spec, out.sharding
+    return spec, result_sharding
 
 
 def group_count(name: str, value: Any) -> int:
@@ -141,29 +147,32 @@ def check_divides(name: str, count: int, what: str, size: int) -> None:
     raise ValueError(f"{name}={count} does not divide {what} ({size}); divisors: {listed}")
 
 
-def _as_lax_types_it(lhs: Any, rhs: Any, out_sharding: Any, **arguments: Any) -> Any:
-    """The type of the result by lax's own rules: its dtype, its sharding on an Explicit mesh."""
+def _as_lax_types_it(
+    lhs: Any, rhs: Any, out_sharding: Any, **arguments: Any
+) -> tuple[np.dtype, NamedSharding | None]:
+    """The dtype of the result by lax's own rules, and its sharding on an Explicit mesh."""
     meshes = (lhs.sharding.mesh, rhs.sharding.mesh)
     mesh = next((m for m in meshes if not m.empty), jax.sharding.get_abstract_mesh())
     if out_sharding is None and AxisType.Explicit not in mesh.axis_types:
         shapes = (lhs.shape, rhs.shape)
         x64 = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
-        return _unsharded_type(*shapes, lhs.dtype, x64, **arguments)
+        return _unsharded_dtype(*shapes, lhs.dtype, x64, **arguments), None
     operands = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in (lhs, rhs)]
     with jax.sharding.use_abstract_mesh(mesh):
-        return jax.eval_shape(
+        out = jax.eval_shape(
             functools.partial(lax.conv_general_dilated, **arguments, out_sharding=out_sharding),
             *operands,
         )
+    return out.dtype, out.sharding
 
 
 @functools.lru_cache(maxsize=1024)
-def _unsharded_type(lhs_shape, rhs_shape, dtype, x64, **arguments) -> jax.ShapeDtypeStruct:
+def _unsharded_dtype(lhs_shape, rhs_shape, dtype, x64, **arguments) -> np.dtype:
     # Cached, since outside jit it would be most of the cost of a call. `x64` decides what a
     # preferred_element_type means, so it is part of the key.
     del x64
     operands = [jax.ShapeDtypeStruct(shape, dtype) for shape in (lhs_shape, rhs_shape)]
-    return jax.eval_shape(functools.partial(lax.conv_general_dilated, **arguments), *operands)
+    return jax.eval_shape(functools.partial(lax.conv_general_dilated, **arguments), *operands).dtype
 
 
 def _check_groups(lhs_shape: Any, rhs_shape: Any, numbers: Any, groups: int) -> None:

@@ -41,15 +41,15 @@ grouped_conv_p.def_impl(
 
 
 def contract(
-    contraction: Contraction,
     first: Any,
     second: Any,
     *,
+    contraction: Contraction,
     spec: ConvSpec,
     implementation: str | None,
     out_sharding: NamedSharding | None,
 ) -> jax.Array:
-    """Binds the primitive; operands in the order of `OPERANDS[contraction]`."""
+    """Binds the primitive; the operands in the order of `OPERANDS[contraction]`."""
     return grouped_conv_p.bind(
         *_aligned(first, second),
         contraction=contraction,
@@ -102,8 +102,8 @@ def _transpose_rule(position: int):
         sharding = values[operands[position]].aval.sharding
         transposed = COMPUTES[operands[position]]
         return contract(
-            transposed,
             *(values[role] for role in OPERANDS[transposed]),
+            contraction=transposed,
             spec=spec,
             implementation=implementation,
             out_sharding=sharding if AxisType.Explicit in sharding.mesh.axis_types else None,
@@ -125,30 +125,38 @@ _FACTOR: dict[frozenset[Role], Factor] = {
 }
 
 
-def _batching_rule(operands, axes, *, contraction, spec, implementation, out_sharding):
-    size = next(x.shape[axis] for x, axis in zip(operands, axes, strict=True) if axis is not None)
-    result = RESULT[contraction]
-    if size == 0:
+def _batching_rule(axis_data, operands, axes, *, contraction, spec, implementation, out_sharding):
+    result, roles = RESULT[contraction], OPERANDS[contraction]
+    params = {"contraction": contraction, "implementation": implementation}
+    if axes == (None, None):
+        return grouped_conv_p.bind(*operands, spec=spec, out_sharding=out_sharding, **params), None
+    if axis_data.size == 0:
         return jnp.zeros((0, *spec.shape(result)), spec.role_dtype(result)), 0
-    roles = OPERANDS[contraction]
     mapped: set[Role] = {result}
     mapped |= {role for role, axis in zip(roles, axes, strict=True) if axis is not None}
     factor = _FACTOR[frozenset(mapped)]
-    folded = (
-        x if axis is None else spec.fold(role, factor, x, axis)
-        for role, x, axis in zip(roles, operands, axes, strict=True)
-    )
-    out = contract(
-        contraction,
-        *folded,
-        spec=spec.folded(factor, size),
-        implementation=implementation,
-        out_sharding=out_sharding,
-    )
-    return spec.unfold(result, factor, out, size)
+
+    def folded(*operands) -> Any:
+        operands = (
+            x if axis is None else spec.fold(role, factor, x, axis)
+            for role, x, axis in zip(roles, operands, axes, strict=True)
+        )
+        larger = spec.folded(factor, axis_data.size)
+        out = contract(*operands, spec=larger, out_sharding=None, **params)
+        return spec.unfold(result, factor, out, axis_data.size)
+
+    axis, _ = spec.place(result, factor)
+    if out_sharding is None:
+        return folded(*operands), axis
+    # Each example is sharded as it would be alone, and the mapped axis as it was.
+    partitions = [*out_sharding.spec]
+    partitions += [None] * (len(spec.shape(result)) - len(partitions))
+    partitions.insert(axis, axis_data.explicit_mesh_axis)
+    sharding = NamedSharding(out_sharding.mesh, PartitionSpec(*partitions))
+    return auto_axes(folded, out_sharding=sharding)(*operands), axis
 
 
-batching.primitive_batchers[grouped_conv_p] = _batching_rule
+batching.fancy_primitive_batchers[grouped_conv_p] = _batching_rule
 
 
 # Lowering: the choice of the implementation is made here, per platform.
@@ -176,3 +184,4 @@ def _lowering_rule(platform: str):
 
 for _platform in ("cpu", "cuda", "rocm", "tpu"):
     mlir.register_lowering(grouped_conv_p, _lowering_rule(_platform), platform=_platform)
+mlir.register_lowering(grouped_conv_p, _lowering_rule("another platform"))

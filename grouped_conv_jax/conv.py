@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes
 from jax.typing import ArrayLike, DTypeLike
 
 from grouped_conv_jax import arguments
@@ -106,7 +106,12 @@ def grouped_conv(
         out_sharding,
     )
     return contract(
-        "fprop", lhs, rhs, spec=spec, implementation=implementation, out_sharding=sharding
+        lhs,
+        rhs,
+        contraction="fprop",
+        spec=spec,
+        implementation=implementation,
+        out_sharding=sharding,
     )
 
 
@@ -121,15 +126,28 @@ def _feature_groups(
         )
     shapes = arguments.array_type("lhs", lhs).shape, arguments.array_type("rhs", rhs).shape
     numbers = arguments.layout(*shapes, dimension_numbers)
-    (batch, features), outputs = numbers.lhs_spec[:2], numbers.rhs_spec[0]
+    (batch, features), (outputs, depth) = numbers.lhs_spec[:2], numbers.rhs_spec[:2]
+    if shapes[1][depth] != shapes[0][features]:
+        raise ValueError(
+            f"rhs takes {shapes[1][depth]} input features, but lhs has {shapes[0][features]} "
+            "features, which batch groups do not divide"
+        )
     for size, what in (
         (shapes[0][batch], "the batch of lhs"),
         (shapes[1][outputs], "the output features of rhs"),
     ):
         arguments.check_divides("batch_group_count", batch_group_count, what, size)
-    shape = list(shapes[0])
-    shape[batch : batch + 1] = batch_group_count, shape[batch] // batch_group_count
-    split = jnp.moveaxis(jnp.reshape(lhs, shape), batch, features)
-    shape = list(split.shape)
-    shape[features : features + 2] = [shape[features] * shape[features + 1]]
-    return split.reshape(shape), batch_group_count
+    split = list(shapes[0])
+    split[batch : batch + 1] = batch_group_count, split[batch] // batch_group_count
+    merged = list(shapes[0])
+    merged[batch] //= batch_group_count
+    merged[features] *= batch_group_count
+
+    def rearrange(lhs) -> Any:
+        return jnp.moveaxis(jnp.reshape(lhs, split), batch, features).reshape(merged)
+
+    sharding = jax.typeof(lhs).sharding
+    if AxisType.Explicit in sharding.mesh.axis_types:
+        typed: Any = auto_axes(rearrange, out_sharding=sharding)
+        return typed(lhs), batch_group_count
+    return rearrange(lhs), batch_group_count

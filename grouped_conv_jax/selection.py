@@ -5,14 +5,10 @@ from grouped_conv_jax.spec import Contraction, ConvSpec
 
 
 def choose(contraction: Contraction, spec: ConvSpec, platform: str) -> str:
-    """The automatic choice, by reasons that were measured:
+    """The automatic choice.
 
-    - the kernel gradient of a grouped convolution on a CPU: `"vmap"`. XLA:CPU computes the batch
-      groups of the reference as groups times the work, the feature groups of this one in place;
-    - everything else: `"xla"`.
+    - `"xla"` for everything: `"vmap"` becomes the same convolutions, by a longer way.
     """
-    if contraction == "wgrad" and platform == "cpu" and spec.feature_group_count > 1:
-        return "vmap"
     return "xla"
 
 

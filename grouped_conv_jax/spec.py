@@ -25,6 +25,20 @@ Factor = Literal["N", "G", "C", "O"]
 Contraction = Literal["fprop", "dgrad", "wgrad"]
 """What is computed from the other two: the output, the input's gradient, the kernel's."""
 
+_PLACES: dict[tuple[Role, Factor], tuple[int, bool]] = {
+    ("lhs", "N"): (0, False),
+    ("lhs", "G"): (1, False),
+    ("lhs", "C"): (1, True),
+    ("rhs", "G"): (0, False),
+    ("rhs", "O"): (0, True),
+    ("rhs", "C"): (1, False),
+    ("out", "N"): (0, False),
+    ("out", "G"): (1, False),
+    ("out", "O"): (1, True),
+}
+"""[N, (G C)], [(G O), C] and [N, (G O)]: the place of a letter in the layout of an array, and
+whether it is the inner one of two, with the groups outside."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ConvSpec:
@@ -101,30 +115,18 @@ class ConvSpec:
 
     # Folding one more axis into the convolution, for vmap and for an explicit group axis.
 
-    def _place(self, role: Role, factor: Factor) -> tuple[int, int]:
+    def place(self, role: Role, factor: Factor) -> tuple[int, int]:
         """Where a factor lives: (dimension, how many blocks of that dimension are outside it)."""
-        first, second = self.layout(role)[:2]
-        groups = self.feature_group_count
-        places: dict[tuple[Role, Factor], tuple[int, int]] = {
-            ("lhs", "N"): (first, 1),
-            ("lhs", "G"): (second, 1),
-            ("lhs", "C"): (second, groups),
-            ("rhs", "G"): (first, 1),
-            ("rhs", "O"): (first, groups),
-            ("rhs", "C"): (second, 1),
-            ("out", "N"): (first, 1),
-            ("out", "G"): (second, 1),
-            ("out", "O"): (second, groups),
-        }
-        return places[role, factor]
+        index, within_groups = _PLACES[role, factor]
+        return self.layout(role)[index], self.feature_group_count if within_groups else 1
 
     def folded(self, factor: Factor, size: int) -> "ConvSpec":
         """The spec of the convolution in which `factor` has become `size` times as large."""
 
         def grow(role: Role, shape: tuple[int, ...]) -> tuple[int, ...]:
-            if not _has(role, factor):
+            if (role, factor) not in _PLACES:
                 return shape
-            dimension, _ = self._place(role, factor)
+            dimension, _ = self.place(role, factor)
             return (*shape[:dimension], shape[dimension] * size, *shape[dimension + 1 :])
 
         return dataclasses.replace(
@@ -136,22 +138,21 @@ class ConvSpec:
 
     def fold(self, role: Role, factor: Factor, x: jax.Array, axis: int) -> jax.Array:
         """Merges the extra `axis` of `x` into `factor`, as the outer part of it."""
-        dimension, outer = self._place(role, factor)
+        dimension, outer = self.place(role, factor)
         at = dimension + (axis <= dimension)
         split = (*x.shape[:at], outer, x.shape[at] // outer, *x.shape[at + 1 :])
         x = jnp.moveaxis(x.reshape(split), axis + (axis > at), dimension + 1)
         merged = (*x.shape[:dimension], math.prod(x.shape[dimension : dimension + 3]))
         return x.reshape(*merged, *x.shape[dimension + 3 :])
 
-    def unfold(self, role: Role, factor: Factor, x: jax.Array, size: int) -> tuple[jax.Array, int]:
-        """Undoes `fold`: the array with the extra axis taken out again, and where that axis is."""
-        dimension, outer = self._place(role, factor)
+    def unfold(self, role: Role, factor: Factor, x: jax.Array, size: int) -> jax.Array:
+        """Undoes `fold`: takes the axis out again, to stand before the factor's dimension."""
+        dimension, outer = self.place(role, factor)
         shape = x.shape
         inner = shape[dimension] // (outer * size)
         x = x.reshape(*shape[:dimension], outer, size, inner, *shape[dimension + 1 :])
         x = jnp.moveaxis(x, dimension + 1, dimension)
-        merged = (*shape[:dimension], size, outer * inner, *shape[dimension + 1 :])
-        return x.reshape(merged), dimension
+        return x.reshape(*shape[:dimension], size, outer * inner, *shape[dimension + 1 :])
 
     def one_group(self) -> "ConvSpec":
         """The dense convolution that each group is."""
@@ -164,7 +165,3 @@ class ConvSpec:
         return dataclasses.replace(
             self, lhs_shape=shrink("lhs"), rhs_shape=shrink("rhs"), feature_group_count=1
         )
-
-
-def _has(role: Role, factor: Factor) -> bool:
-    return factor in {"lhs": "NGC", "rhs": "GCO", "out": "NGO"}[role]

@@ -129,7 +129,7 @@ def numpy_max_pool(x: np.ndarray) -> np.ndarray:
 def numpy_alexnet(params: dict, config: AlexNetConfig, images: np.ndarray) -> np.ndarray:
     """The whole net in float64, with the towers' layers as grouped convolutions of the oracle."""
     params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
-    x = np.float64(images)
+    x = images.astype(np.float64)
     for i, layer in enumerate(config.convolutions):
         x = oracle.forward(
             x,
@@ -167,7 +167,7 @@ def test_local_response_normalization_against_its_definition(size):
     config = dataclasses.replace(TINY, towers=1, lrn_size=size, lrn_alpha=0.5)
     y = local_response_normalization(jnp.asarray(x), size, 0.5, config.lrn_beta, config.lrn_k)
     if size % 2:
-        np.testing.assert_allclose(y, numpy_lrn(np.float64(x), config), rtol=1e-5)
+        np.testing.assert_allclose(y, numpy_lrn(x.astype(np.float64), config), rtol=1e-5)
     else:
         # An even window has one neighbour more before than after.
         squares = np.pad(np.float64(x) ** 2, [(0, 0)] * 3 + [(1, 0)])

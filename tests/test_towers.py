@@ -104,7 +104,7 @@ def collectives(net: TowerNet) -> list[tuple[str, str]]:
     abstract = jax.eval_shape(net.init, jax.random.key(0))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(7), len(IMAGES)))
     program = jax.jit(per_device(net, dropout=True))
-    text = program.lower(abstract, jnp.asarray(IMAGES), keys).compile().as_text()
+    text = str(program.lower(abstract, jnp.asarray(IMAGES), keys).compile().as_text())
     names = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
     found = re.findall(rf" ({names})(?:-start)?\(.*replica_groups=({{{{.*?}}}}|\S+),", text)
     # A group of one device, on an axis of size 1, has nobody to talk to.

@@ -8,8 +8,9 @@ An implementation is a module with any of three functions,
 
     supports(contraction, spec, platform) -> None, or the reason why not
 
-where `platform` is "cpu", "cuda", "rocm" or "tpu". It knows nothing of differentiation, vmap,
-sharding or of when it is chosen. To add one: write the file, add it to `_MODULES`.
+where `platform` is "cpu", "cuda", "rocm", "tpu" or "another platform". It knows nothing of
+differentiation, vmap, sharding or of when it is chosen. To add one: write the file, add it to
+`_MODULES`.
 """
 
 from types import ModuleType

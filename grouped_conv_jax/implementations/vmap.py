@@ -1,7 +1,6 @@
 """The convolution of one group, mapped over an explicit group axis with `jax.vmap`.
 
-XLA folds the mapped axis back into feature groups, for the kernel gradient too, where the
-reference has batch groups: on a CPU that is the faster form of the two.
+JAX folds the mapped axis back into feature groups, so that XLA sees what the reference gives it.
 """
 
 import jax
@@ -30,9 +29,8 @@ def _each_group(
     dense, a: tuple[Role, jax.Array], b: tuple[Role, jax.Array], result: Role, spec: ConvSpec
 ) -> jax.Array:
     one = spec.one_group()
-    (a_split, a_axis), (b_split, b_axis) = (
-        one.unfold(role, "G", x, spec.feature_group_count) for role, x in (a, b)
-    )
+    split = [one.unfold(role, "G", x, spec.feature_group_count) for role, x in (a, b)]
+    axes = tuple(one.group_dimension(role) for role, _ in (a, b))
     axis = one.group_dimension(result)
-    mapped = jax.vmap(lambda x, y: dense(x, y, one), (a_axis, b_axis), axis)(a_split, b_split)
+    mapped = jax.vmap(lambda x, y: dense(x, y, one), axes, axis)(*split)
     return one.fold(result, "G", mapped, axis)

@@ -1,78 +1,136 @@
-"""XLA's own convolution: the reference. It supports everything.
+"""XLA's own grouped convolution: the reference. It supports everything.
 
-The contractions are written as explicit convolutions (not through `jax.linear_transpose`): inside
-`shard_map` the operands carry their varying axes, which a transpose of an abstract value would
-not know of, and the sums would come out wrong.
+All three contractions are forward convolutions with `feature_group_count`. They are written out
+(not through `jax.linear_transpose`): inside `shard_map` the operands carry their varying axes,
+which a transpose of an abstract value would not know of, and sums would come out wrong.
 """
 
+from collections.abc import Sequence
+
 import jax
+import jax.numpy as jnp
 from jax import lax
 
-from grouped_conv_jax.spec import ConvSpec
+from grouped_conv_jax.spec import Contraction, ConvSpec, Role
 
 
-def supports(contraction: str, spec: ConvSpec, platform: str) -> str | None:
+def supports(contraction: Contraction, spec: ConvSpec, platform: str) -> str | None:
     return None
 
 
 def fprop(lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
     """[N, (G C)] · [(G O), C] -> [N, (G O)]."""
-    return lax.conv_general_dilated(
+    return _convolve(
         lhs,
         rhs,
-        spec.window_strides,
-        spec.padding,
-        spec.lhs_dilation,
-        spec.rhs_dilation,
-        spec.dimension_numbers,
-        spec.feature_group_count,
-        precision=spec.precision,
-        preferred_element_type=spec.out_dtype,
+        window_strides=spec.window_strides,
+        padding=spec.padding,
+        lhs_dilation=spec.lhs_dilation,
+        rhs_dilation=spec.rhs_dilation,
+        layouts=(spec.layout("lhs"), spec.layout("rhs"), spec.layout("out")),
+        result="out",
+        spec=spec,
     )
 
 
 def dgrad(out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
-    """[N, (G O)] · [(G C), O] -> [N, (G C)]: a forward convolution of `out`, dilated by the
-    strides, with the kernel turned round and its groups moved from the outputs to the inputs.
+    """[N, (G O)] · [(G C), O] -> [N, (G C)].
+
+    `out`, dilated by the strides, with the kernel turned round, its groups moved from the outputs
+    to the inputs, and the two exchanged.
     """
-    lhs_layout, rhs_layout, out_layout = (spec.layout(role) for role in ("lhs", "rhs", "out"))
-    outputs, inputs, *spatial = rhs_layout
     one = spec.one_group()
-    rhs, axis = one.unfold("rhs", "G", rhs, spec.feature_group_count)
-    rhs = one.fold("rhs", "C", rhs, axis)
-    lhs = lax.conv_general_dilated(
+    rhs = one.unfold("rhs", "G", rhs, spec.feature_group_count)
+    rhs = one.fold("rhs", "C", rhs, spec.group_dimension("rhs"))
+    return _convolve(
         out,
-        lax.rev(rhs, spatial).astype(out.dtype),
-        spec.lhs_dilation,
-        _dgrad_padding(spec),
-        spec.window_strides,
-        spec.rhs_dilation,
-        lax.ConvDimensionNumbers(out_layout, (inputs, outputs, *spatial), lhs_layout),
-        spec.feature_group_count,
-        precision=spec.precision,
-        preferred_element_type=spec.out_dtype,
+        lax.rev(rhs, spec.layout("rhs")[2:]).astype(out.dtype),
+        window_strides=spec.lhs_dilation,
+        padding=_dgrad_padding(spec),
+        lhs_dilation=spec.window_strides,
+        rhs_dilation=spec.rhs_dilation,
+        layouts=(spec.layout("out"), _exchanged(spec.layout("rhs")), spec.layout("lhs")),
+        result="lhs",
+        spec=spec,
     )
-    return lhs.astype(spec.dtype)
 
 
 def wgrad(lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
-    """[(G C), N] · [N, (G O)] -> [C, (G O)]: batch and features change places, `out` is the
-    kernel, and the groups are batch groups.
+    """[C, (G N)] · [(G O), N] -> [C, (G O)].
+
+    The batch is summed over, as the features were, and `out` is the kernel. lax's own kernel
+    gradient has batch groups here instead, [(G C), N]: XLA computes those as G times the work on
+    a CPU, and multiplies the result by the size of unused mesh axes when it partitions them.
     """
-    layouts = (spec.layout("lhs"), spec.layout("out"), spec.layout("rhs"))
-    rhs = lax.conv_general_dilated(
+    one = spec.one_group()
+    lhs = one.unfold("lhs", "G", lhs, spec.feature_group_count)
+    lhs = one.fold("lhs", "N", lhs, spec.group_dimension("lhs"))
+    return _convolve(
         lhs.astype(out.dtype),
         out,
-        spec.rhs_dilation,
-        _wgrad_padding(spec),
-        spec.lhs_dilation,
-        spec.window_strides,
-        lax.ConvDimensionNumbers(*((b, a, *spatial) for a, b, *spatial in layouts)),
-        batch_group_count=spec.feature_group_count,
+        window_strides=spec.rhs_dilation,
+        padding=_wgrad_padding(spec),
+        lhs_dilation=spec.lhs_dilation,
+        rhs_dilation=spec.window_strides,
+        layouts=tuple(_exchanged(spec.layout(role)) for role in ("lhs", "out", "rhs")),
+        result="rhs",
+        spec=spec,
+    )
+
+
+def _convolve(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    *,
+    window_strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int],
+    rhs_dilation: Sequence[int],
+    layouts: tuple[Sequence[int], ...],
+    result: Role,
+    spec: ConvSpec,
+) -> jax.Array:
+    lhs, padding = _cropped(lhs, padding, lhs_dilation, layouts[0][2:])
+    if any(n == 0 for n in lhs.shape):
+        return jnp.zeros(spec.shape(result), spec.role_dtype(result))
+    return lax.conv_general_dilated(
+        lhs,
+        rhs,
+        window_strides,
+        padding,
+        lhs_dilation,
+        rhs_dilation,
+        lax.ConvDimensionNumbers(*layouts),
+        spec.feature_group_count,
         precision=spec.precision,
         preferred_element_type=spec.out_dtype,
-    )
-    return rhs.astype(spec.dtype)
+    ).astype(spec.role_dtype(result))
+
+
+def _cropped(
+    x: jax.Array,
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+    spatial_dimensions: Sequence[int],
+) -> tuple[jax.Array, list[tuple[int, int]]]:
+    """Negative padding as a slice before the dilation, so that what is left is not negative.
+
+    XLA:CPU before jax 0.11 reads out of bounds where padding is negative before and positive after.
+    """
+    left = []
+    for d, step, (low, high) in zip(spatial_dimensions, dilation, padding, strict=True):
+        # How many elements the crop reaches; a gap after the last of them stays, as padding.
+        first, last = (-(min(pad, 0) // step) if isinstance(pad, int) else 0 for pad in (low, high))
+        if first or last:
+            start = min(first, x.shape[d])
+            x = lax.slice_in_dim(x, start, max(start, x.shape[d] - last), axis=d)
+        left.append((low + first * step, high + last * step))
+    return x, left
+
+
+def _exchanged(layout: Sequence[int]) -> tuple[int, ...]:
+    first, second, *spatial = layout
+    return (second, first, *spatial)
 
 
 def _dgrad_padding(spec: ConvSpec) -> list[tuple[int, int]]:

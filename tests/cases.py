@@ -1,0 +1,449 @@
+"""The one list of convolutions that every test runs over, and their random operands."""
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+from jax import lax
+
+import grouped_conv_jax
+from grouped_conv_jax import grouped_conv
+
+IMPLEMENTATIONS = (None, *grouped_conv_jax.implementations())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Case:
+    """One convolution: shapes, and the arguments of `grouped_conv`.
+
+    `representative` cases are those of the tests that are too long for all of them.
+    """
+
+    name: str
+    lhs: tuple[int, ...]
+    rhs: tuple[int, ...]
+    arguments: Mapping[str, Any]
+    representative: bool = False
+
+    @property
+    def out(self) -> tuple[int, ...]:
+        return oracle.out_shape(self.lhs, self.rhs, **self.arguments)
+
+    @property
+    def groups(self) -> int:
+        return self.arguments.get("feature_group_count", 1)
+
+    def random(self, dtype: Any = np.float32, *, stack: tuple[int, ...] = ()) -> list[np.ndarray]:
+        """A random input, kernel and output cotangent, in [-1, 1]; `stack` more axes in front."""
+        return [random(f"{self.name} {i}", (*stack, *s), dtype) for i, s in enumerate(self.shapes)]
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        return self.lhs, self.rhs, self.out
+
+    def conv(self, implementation: str | None = None, **more: Any) -> Callable[..., Any]:
+        return lambda lhs, rhs: grouped_conv(
+            lhs, rhs, **{**self.arguments, **more}, implementation=implementation
+        )
+
+    def lax_conv(self, **more: Any) -> Callable[..., Any]:
+        return lambda lhs, rhs: lax.conv_general_dilated(lhs, rhs, **{**self.arguments, **more})
+
+
+def random(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Uniform in [-1, 1] (complex: in both parts; integers: in -8 ... 8), the same for a name."""
+    # Not hash(), which differs from one process to the next.
+    draw = np.random.default_rng(zlib.crc32(name.encode()))
+    if np.issubdtype(dtype, np.integer):
+        return draw.integers(-8, 9, shape).astype(dtype)
+    values = draw.uniform(-1, 1, shape)
+    if np.issubdtype(dtype, np.complexfloating):
+        return (values + 1j * draw.uniform(-1, 1, shape)).astype(dtype)
+    return values.astype(dtype)
+
+
+NHWC = ("NHWC", "HWIO", "NHWC")
+
+CASES = [
+    # Ranks.
+    Case(
+        "rank 0",
+        (5, 4),
+        (6, 2),
+        {"window_strides": (), "padding": (), "feature_group_count": 2},
+    ),
+    Case(
+        "rank 0, outputs before inputs",
+        (4, 5),
+        (2, 6),
+        {
+            "window_strides": (),
+            "padding": "SAME",
+            "dimension_numbers": ("CN", "IO", "CN"),
+            "feature_group_count": 2,
+        },
+    ),
+    Case(
+        "rank 1",
+        (3, 4, 9),
+        (6, 2, 3),
+        {"window_strides": (2,), "padding": "SAME", "feature_group_count": 2},
+        representative=True,
+    ),
+    Case(
+        "rank 1, features last",
+        (2, 8, 6),
+        (4, 2, 3),
+        {
+            "window_strides": (1,),
+            "padding": [(3, 0)],
+            "dimension_numbers": ("NWC", "WIO", "NWC"),
+            "feature_group_count": 3,
+        },
+    ),
+    Case(
+        "rank 3",
+        (2, 4, 4, 5, 3),
+        (6, 2, 2, 3, 1),
+        {
+            "window_strides": (1, 2, 1),
+            "padding": [(1, 0), (1, 1), (0, 0)],
+            "lhs_dilation": (1, 1, 2),
+            "rhs_dilation": (2, 1, 1),
+            "feature_group_count": 2,
+        },
+    ),
+    Case(
+        "rank 3, features last",
+        (1, 4, 3, 5, 6),
+        (2, 2, 3, 2, 3),
+        {
+            "window_strides": (2, 1, 2),
+            "padding": "SAME",
+            "dimension_numbers": ("NDHWC", "DHWIO", "NDHWC"),
+            "feature_group_count": 3,
+        },
+    ),
+    # Layouts, with strides and paddings that tell the spatial dimensions apart.
+    Case(
+        "NCHW",
+        (2, 4, 7, 6),
+        (6, 2, 3, 2),
+        {"window_strides": (2, 1), "padding": [(1, 2), (0, 1)], "feature_group_count": 2},
+    ),
+    Case(
+        "NHWC",
+        (2, 7, 6, 4),
+        (3, 2, 2, 6),
+        {
+            "window_strides": (2, 1),
+            "padding": [(1, 2), (0, 1)],
+            "dimension_numbers": NHWC,
+            "feature_group_count": 2,
+        },
+        representative=True,
+    ),
+    Case(
+        "CNHW to NHCW",
+        (4, 2, 7, 6),
+        (2, 3, 2, 6),
+        {
+            "window_strides": (2, 1),
+            "padding": [(1, 2), (0, 1)],
+            "dimension_numbers": ("CNHW", "IHWO", "NHCW"),
+            "feature_group_count": 2,
+        },
+    ),
+    Case(
+        "spatial letters in three orders",
+        (2, 7, 6, 4),
+        (2, 3, 2, 6),
+        {
+            "window_strides": (1, 2),
+            "padding": [(0, 1), (1, 2)],
+            "rhs_dilation": (2, 1),
+            "dimension_numbers": ("NHWC", "WHIO", "NWHC"),
+            "feature_group_count": 2,
+        },
+    ),
+    Case(
+        "ConvDimensionNumbers",
+        (7, 4, 6, 2),
+        (3, 6, 2, 2),
+        {
+            "window_strides": (1, 3),
+            "padding": [(0, 1), (1, 2)],
+            "dimension_numbers": lax.ConvDimensionNumbers((3, 1, 2, 0), (1, 2, 3, 0), (2, 3, 1, 0)),
+            "feature_group_count": 2,
+        },
+    ),
+    # Strides and dilations.
+    Case(
+        "strides that do not reach the last rows",
+        (2, 2, 8, 9),
+        (4, 1, 3, 2),
+        {"window_strides": (3, 4), "padding": "VALID", "feature_group_count": 2},
+    ),
+    Case(
+        "strides larger than the kernel",
+        (2, 4, 9, 8),
+        (4, 2, 1, 2),
+        {"window_strides": (3, 3), "padding": "SAME", "feature_group_count": 2},
+    ),
+    Case(
+        "input dilated",
+        (2, 4, 4, 3),
+        (6, 2, 3, 3),
+        {
+            "window_strides": (1, 1),
+            "padding": [(2, 1), (0, 2)],
+            "lhs_dilation": (2, 3),
+            "feature_group_count": 2,
+        },
+    ),
+    Case(
+        "kernel dilated",
+        (2, 4, 8, 7),
+        (6, 2, 3, 2),
+        {
+            "window_strides": (1, 1),
+            "padding": "VALID",
+            "rhs_dilation": (2, 3),
+            "feature_group_count": 2,
+        },
+    ),
+    Case(
+        "kernel dilated, SAME",
+        (2, 4, 8, 7),
+        (4, 2, 3, 2),
+        {
+            "window_strides": (2, 1),
+            "padding": "SAME",
+            "rhs_dilation": (2, 3),
+            "feature_group_count": 2,
+        },
+    ),
+    Case(
+        "both dilated, strided, cropped, three groups",
+        (6, 2, 5, 6),
+        (2, 3, 2, 9),
+        {
+            "window_strides": (2, 3),
+            "padding": [(-2, 5), (3, -1)],
+            "lhs_dilation": (2, 3),
+            "rhs_dilation": (3, 2),
+            "dimension_numbers": ("CNHW", "IHWO", "NHCW"),
+            "feature_group_count": 3,
+        },
+        representative=True,
+    ),
+    # Paddings.
+    Case(
+        "SAME, odd remainder",
+        (1, 2, 6, 5),
+        (2, 1, 4, 2),
+        {"window_strides": (1, 2), "padding": "SAME", "feature_group_count": 2},
+    ),
+    Case(
+        "SAME_LOWER",
+        (1, 2, 6, 5),
+        (2, 1, 4, 2),
+        {"window_strides": (1, 2), "padding": "SAME_LOWER", "feature_group_count": 2},
+    ),
+    Case(
+        "lower-case same_lower",
+        (1, 2, 6, 5),
+        (2, 1, 2, 4),
+        {"window_strides": (1, 1), "padding": "same_lower", "feature_group_count": 2},
+    ),
+    Case(
+        "lower-case valid",
+        (1, 2, 6, 5),
+        (2, 1, 2, 4),
+        {"window_strides": (1, 1), "padding": "valid", "feature_group_count": 2},
+    ),
+    Case(
+        "negative padding",
+        (2, 4, 7, 8),
+        (4, 2, 3, 2),
+        {"window_strides": (1, 2), "padding": [(-1, -2), (-3, 1)], "feature_group_count": 2},
+    ),
+    Case(
+        "padding larger than the kernel",
+        (1, 4, 3, 2),
+        (4, 2, 2, 3),
+        {"window_strides": (1, 2), "padding": [(4, 3), (0, 6)], "feature_group_count": 2},
+    ),
+    # XLA:CPU before jax 0.12 reads past the end of an array that is cropped on the low side and
+    # padded on the high side, as the first of these is, and the input gradient of the second.
+    Case(
+        "cropped before, padded after",
+        (2, 4, 7, 7),
+        (4, 2, 3, 3),
+        {"window_strides": (2, 2), "padding": [(-1, 2), (-1, 2)], "feature_group_count": 2},
+    ),
+    Case(
+        "padded before by more than the kernel",
+        (2, 4, 7, 7),
+        (4, 2, 2, 2),
+        {"window_strides": (1, 1), "padding": [(3, 0), (3, 0)], "feature_group_count": 2},
+    ),
+    # Groups.
+    Case(
+        "one group",
+        (2, 3, 6, 5),
+        (4, 3, 3, 3),
+        {"window_strides": (1, 1), "padding": "SAME"},
+    ),
+    Case(
+        "three groups, 6 to 9 features",
+        (2, 6, 5, 5),
+        (9, 2, 3, 3),
+        {"window_strides": (1, 1), "padding": "SAME", "feature_group_count": 3},
+    ),
+    Case(
+        "four groups, 8 to 4 features",
+        (2, 8, 5, 4),
+        (4, 2, 2, 3),
+        {"window_strides": (1, 1), "padding": "VALID", "feature_group_count": 4},
+    ),
+    Case(
+        "depthwise",
+        (2, 8, 6, 5),
+        (8, 1, 3, 3),
+        {"window_strides": (1, 1), "padding": "SAME", "feature_group_count": 8},
+    ),
+    Case(
+        "depthwise, multiplier 2",
+        (2, 6, 5, 4),
+        (3, 3, 1, 8),
+        {
+            "window_strides": (2, 1),
+            "padding": "SAME",
+            "dimension_numbers": NHWC,
+            "feature_group_count": 4,
+        },
+        representative=True,
+    ),
+    Case(
+        "depthwise, multiplier 3",
+        (2, 4, 6, 5),
+        (12, 1, 2, 3),
+        {"window_strides": (1, 1), "padding": "VALID", "feature_group_count": 4},
+    ),
+    Case(
+        "two batch groups",
+        (4, 3, 6, 5),
+        (6, 3, 3, 2),
+        {"window_strides": (2, 1), "padding": [(1, 0), (0, 1)], "batch_group_count": 2},
+        representative=True,
+    ),
+    Case(
+        "three batch groups, features last",
+        (6, 5, 4, 2),
+        (2, 3, 2, 3),
+        {
+            "window_strides": (1, 1),
+            "padding": "SAME",
+            "rhs_dilation": (2, 1),
+            "dimension_numbers": NHWC,
+            "batch_group_count": 3,
+        },
+    ),
+    Case(
+        "two batch groups, batch between the features",
+        (3, 4, 5),
+        (3, 2, 4),
+        {
+            "window_strides": (1,),
+            "padding": [(1, 1)],
+            "lhs_dilation": (2,),
+            "dimension_numbers": ("CNW", "IWO", "WNC"),
+            "batch_group_count": 2,
+        },
+    ),
+    # Kernels.
+    Case(
+        "kernel 1x1",
+        (2, 4, 3, 4),
+        (6, 2, 1, 1),
+        {"window_strides": (1, 1), "padding": "VALID", "feature_group_count": 2},
+    ),
+    Case(
+        "kernel 1x1, strided",
+        (2, 4, 5, 4),
+        (2, 2, 1, 1),
+        {"window_strides": (2, 3), "padding": "SAME", "feature_group_count": 2},
+    ),
+    Case(
+        "kernel 2x4",
+        (2, 4, 5, 6),
+        (4, 2, 2, 4),
+        {"window_strides": (1, 1), "padding": "SAME", "feature_group_count": 2},
+    ),
+    Case(
+        "kernel as large as the input",
+        (2, 4, 3, 4),
+        (6, 2, 3, 4),
+        {"window_strides": (1, 1), "padding": "VALID", "feature_group_count": 2},
+    ),
+    # Nothing to compute.
+    Case(
+        "kernel larger than the input",
+        (2, 4, 3, 6),
+        (4, 2, 5, 3),
+        {"window_strides": (1, 1), "padding": "VALID", "feature_group_count": 2},
+    ),
+    Case(
+        "no examples",
+        (0, 4, 5, 5),
+        (4, 2, 3, 3),
+        {"window_strides": (1, 1), "padding": "SAME", "feature_group_count": 2},
+        representative=True,
+    ),
+    Case(
+        "no examples, batch groups",
+        (0, 4, 5, 5),
+        (4, 4, 3, 3),
+        {"window_strides": (1, 1), "padding": "SAME", "batch_group_count": 2},
+    ),
+    Case(
+        "no outputs",
+        (2, 4, 5, 5),
+        (0, 2, 3, 3),
+        {"window_strides": (1, 1), "padding": "SAME", "feature_group_count": 2},
+    ),
+    Case(
+        "no inputs",
+        (2, 0, 5, 5),
+        (4, 0, 3, 3),
+        {"window_strides": (1, 1), "padding": "SAME", "feature_group_count": 2},
+    ),
+    Case(
+        "no rows, padded",
+        (2, 4, 0, 5),
+        (4, 2, 3, 3),
+        {"window_strides": (1, 1), "padding": [(2, 2), (1, 1)], "feature_group_count": 2},
+    ),
+]
+
+assert len({case.name for case in CASES}) == len(CASES), "names must be unique"
+
+
+def named(*names: str) -> list[Case]:
+    chosen = [case for case in CASES if case.name in names]
+    assert len(chosen) == len(names), f"a name of {names} is not a case"
+    return chosen
+
+
+def each_case(cases: list[Case]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", cases, ids=[case.name for case in cases])
+
+
+every_case = each_case(CASES)
+representative_cases = each_case([case for case in CASES if case.representative])
+every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=str)

@@ -1,0 +1,113 @@
+"""`jax.export`: forward and gradient, serialized, with a symbolic batch, for other platforms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import Case, every_implementation, named
+from jax import export
+from test_values import assert_matches_the_oracle, value_and_gradients
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+NAMES = ["NCHW", "depthwise, multiplier 2", "both dilated, strided, cropped, three groups"]
+
+
+@every_implementation
+@pytest.mark.parametrize("name", [*NAMES, "two batch groups"])
+def test_an_exported_program_computes_the_same(name, implementation):
+    (case,) = named(name)
+    operands = case.random()
+    program = export.export(value_and_gradients(case.conv(implementation)))(*operands)
+    assert_matches_the_oracle(program.call(*operands), case, operands)
+
+
+@every_implementation
+def test_a_serialized_program_can_be_differentiated_twice(implementation):
+    pytest.importorskip("flatbuffers")
+    (case,) = named("NCHW")
+    x, w, y = case.random()
+    program = export.export(jax.jit(case.conv(implementation)))(x, w)
+    loaded = export.deserialize(program.serialize(vjp_order=2))
+    assert_matches_the_oracle(value_and_gradients(loaded.call)(x, w, y), case, (x, w, y))
+
+    def second(conv):
+        def loss(w):
+            return jnp.sum(jnp.sin(conv(x, w)))
+
+        return jax.grad(lambda w: jnp.sum(jax.grad(loss)(w) ** 2))(w)
+
+    length = max(oracle.lengths(*case.shapes, **case.arguments)) ** 2
+    oracle.assert_close(second(loaded.call), np.asarray(second(case.lax_conv())), length)
+
+
+@every_implementation
+def test_a_serialized_gradient_computes_the_same(implementation):
+    pytest.importorskip("flatbuffers")
+    (case,) = named("depthwise, multiplier 2")
+    operands = case.random()
+    program = export.export(value_and_gradients(case.conv(implementation)))(*operands)
+    loaded = export.deserialize(program.serialize())
+    assert_matches_the_oracle(loaded.call(*operands), case, operands)
+
+
+def with_batch(case: Case, size) -> list[tuple]:
+    """The shapes of a case with another batch."""
+    layouts = oracle.layouts(len(case.lhs) - 2, **case.arguments)
+    lhs, rhs, out = (list(shape) for shape in case.shapes)
+    lhs[layouts["lhs"][0]] = out[layouts["out"][0]] = size
+    return [tuple(lhs), tuple(rhs), tuple(out)]
+
+
+@every_implementation
+@pytest.mark.parametrize("name", NAMES)
+def test_the_batch_can_be_symbolic(name, implementation):
+    (case,) = named(name)
+    (symbol,) = export.symbolic_shape("b")
+    program = export.export(value_and_gradients(case.conv(implementation)))(
+        *(jax.ShapeDtypeStruct(shape, np.float32) for shape in with_batch(case, symbol))
+    )
+    assert symbol in program.out_avals[0].shape
+    for size in (1, 5):
+        lhs, rhs, _ = with_batch(case, size)
+        sized = Case(f"{name}, batch of {size}", lhs, rhs, case.arguments)
+        operands = sized.random()
+        assert_matches_the_oracle(program.call(*operands), sized, operands)
+
+
+@every_implementation
+def test_the_rows_can_be_symbolic(implementation):
+    (case,) = named("kernel 2x4")
+    rows, columns = export.symbolic_shape("h, w")
+    batch, features = case.lhs[:2]
+    lhs = jax.ShapeDtypeStruct((batch, features, rows, columns), np.float32)
+    conv = jax.jit(case.conv(implementation))
+    program = export.export(conv)(lhs, jax.ShapeDtypeStruct(case.rhs, np.float32))
+    assert program.out_avals[0].shape == (batch, case.rhs[0], rows, columns)
+    x, w, _ = case.random()
+    length = oracle.lengths(*case.shapes, **case.arguments)[0]
+    expected = oracle.forward(x, w, **case.arguments)
+    oracle.assert_close(program.call(x, w), expected, length)
+
+
+@every_implementation
+@pytest.mark.parametrize("batch", ["fixed", "symbolic"])
+def test_a_cpu_exports_for_other_platforms(batch, implementation):
+    (case,) = named("NCHW")
+    operands = case.random()
+    size = case.lhs[0] if batch == "fixed" else export.symbolic_shape("b")[0]
+    program = export.export(
+        value_and_gradients(case.conv(implementation)), platforms=("cuda", "tpu", "cpu")
+    )(*(jax.ShapeDtypeStruct(shape, np.float32) for shape in with_batch(case, size)))
+    assert program.platforms == ("cuda", "tpu", "cpu")
+    assert_matches_the_oracle(program.call(*operands), case, operands)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
+@every_implementation
+def test_there_is_a_lowering_for_each_platform(platform, implementation):
+    (case,) = named("NHWC")
+    compute = value_and_gradients(case.conv(implementation))
+    program = export.export(compute, platforms=(platform,))(*case.random())
+    assert program.mlir_module().count("stablehlo.convolution") == 3

@@ -1,0 +1,244 @@
+"""Values and both gradients against the oracle, for every case, implementation and dtype."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import CASES, Case, each_case, every_case, every_implementation, named, random
+from jax import lax
+
+from grouped_conv_jax import grouped_conv
+
+
+def value_and_gradients(conv):
+    """Of (x, w, y): the output, and the gradients for the output's cotangent y; in one program."""
+
+    def compute(x, w, y):
+        out, vjp = jax.vjp(conv, x, w)
+        return out, *vjp(y)
+
+    return jax.jit(compute)
+
+
+def assert_matches_the_oracle(actual, case: Case, operands, accumulator=None) -> None:
+    expected = oracle.contractions(*operands, **case.arguments)
+    lengths = oracle.lengths(*case.shapes, **case.arguments)
+    names = ("value", "gradient of lhs", "gradient of rhs")
+    for name, a, e, length in zip(names, actual, expected, lengths, strict=True):
+        oracle.assert_close(a, e, length, accumulator=accumulator, name=name)
+
+
+@every_case
+@every_implementation
+def test_value_and_gradients_are_those_of_the_oracle(case, implementation):
+    operands = case.random()
+    actual = value_and_gradients(case.conv(implementation))(*operands)
+    assert_matches_the_oracle(actual, case, operands)
+
+
+@every_case
+def test_the_oracle_is_one_trilinear_form(case):
+    x, w, y = case.random(np.float64)
+    out, dx, dw = oracle.contractions(x, w, y, **case.arguments)
+    form = np.vdot(out, y)
+    np.testing.assert_allclose([np.vdot(x, dx), np.vdot(w, dw)], [form, form], 1e-12, 1e-12)
+
+
+def test_the_oracle_knows_a_convolution_done_by_hand():
+    x = np.array([[[1, 2, 3, 4], [5, 6, 7, 8]]])
+    w = np.array([[[1, 10]], [[100, 1000]]])
+    arguments = {"window_strides": (2,), "padding": [(1, 0)], "feature_group_count": 2}
+    # Padded to 0 1 2 3 4 and 0 5 6 7 8; windows at 0 and 2.
+    out = oracle.forward(x, w, **arguments)
+    np.testing.assert_array_equal(out, [[[10, 32], [5000, 7600]]])
+    dw = oracle.kernel_gradient(x, np.array([[[1, 2], [3, 4]]]), w.shape, **arguments)
+    np.testing.assert_array_equal(dw, [[[4, 7]], [[24, 43]]])
+    dx = oracle.input_gradient(np.array([[[1, 2], [3, 4]]]), w, x.shape, **arguments)
+    np.testing.assert_array_equal(dx, [[[10, 2, 20, 0], [3000, 400, 4000, 0]]])
+
+
+GROUPED = [c for c in CASES if c.groups > 1 and 0 not in (*c.lhs, *c.rhs, *c.out)]
+
+
+@each_case(GROUPED)
+@pytest.mark.parametrize("order", ["rotated", "interleaved"])
+def test_another_order_of_the_groups_would_not_pass(case, order):
+    x, w, y = operands = case.random()
+    features = oracle.layouts(x.ndim - 2, **case.arguments)["lhs"][1]
+    size = x.shape[features]
+    if order == "interleaved" and size == case.groups:
+        pytest.skip("with one feature in a group the interleaved order is the right one")
+    permuted = {
+        "rotated": np.roll(np.arange(size), size // case.groups),
+        "interleaved": np.arange(size).reshape(-1, case.groups).T.reshape(-1),
+    }[order]
+    wrong = oracle.contractions(np.take(x, permuted, features), w, y, **case.arguments)
+    with pytest.raises(AssertionError, match=r"value[\s\S]*Mismatched elements"):
+        assert_matches_the_oracle([a.astype(x.dtype) for a in wrong], case, operands)
+
+
+DTYPE_CASES = named("NCHW", "depthwise, multiplier 2", "two batch groups")
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@each_case(DTYPE_CASES)
+@every_implementation
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "complex64", "float64", "complex128"])
+def test_dtypes(case, implementation, dtype):
+    with jax.enable_x64(dtype in ("float64", "complex128")):
+        operands = case.random(jnp.dtype(dtype))
+        actual = value_and_gradients(case.conv(implementation))(*operands)
+        assert [a.dtype for a in actual] == [dtype] * 3
+        assert_matches_the_oracle(actual, case, operands)
+
+
+@each_case(DTYPE_CASES)
+@every_implementation
+def test_small_integers_add_up_in_the_preferred_type(case, implementation):
+    x, w, _ = case.random(np.int8)
+    actual = jax.jit(case.conv(implementation, preferred_element_type=jnp.int32))(x, w)
+    assert actual.dtype == jnp.int32
+    expected = oracle.forward(x, w, **case.arguments)
+    assert np.abs(expected).max() > 127, "int8 would do"
+    np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@each_case(DTYPE_CASES)
+@every_implementation
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_gradients_have_the_dtypes_of_their_operands(case, implementation, dtype):
+    x, w, _ = case.random(jnp.dtype(dtype))
+    y = case.random(np.float32)[2]
+    conv = case.conv(implementation, preferred_element_type="float32")
+    actual = value_and_gradients(conv)(x, w, y)
+    assert [a.dtype for a in actual] == [jnp.float32, dtype, dtype]
+    assert_matches_the_oracle(actual, case, (x, w, y), accumulator=np.float32)
+
+
+@every_implementation
+def test_gradients_of_a_preferred_type_of_64_bits(implementation):
+    (case,) = named("NHWC")
+    with jax.enable_x64(True):
+        x, w, _ = case.random(np.float32)
+        y = case.random(np.float64)[2]
+        conv = case.conv(implementation, preferred_element_type="float64")
+        actual = value_and_gradients(conv)(x, w, y)
+        assert [a.dtype for a in actual] == ["float64", "float32", "float32"]
+        assert_matches_the_oracle(actual, case, (x, w, y))
+
+
+LONG = 8192
+
+
+@every_implementation
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("result", "lhs", "rhs"),
+    [
+        (0, (1, 2 * LONG, 1), (2, LONG, 1)),
+        (1, (1, 2, 1), (2 * LONG, 1, 1)),
+        (2, (1, 2, LONG), (2, 1, 1)),
+        (2, (LONG, 2, 1), (2, 1, 1)),
+    ],
+    ids=["value", "gradient of lhs", "gradient of rhs", "gradient of rhs over the batch"],
+)
+def test_16_bit_floats_accumulate_in_32_bits(dtype, implementation, result, lhs, rhs):
+    # In 16 bits a sum of ones stops growing at 256 (bfloat16) or 2048 (float16).
+    case = Case(
+        "ones", lhs, rhs, {"window_strides": (1,), "padding": "SAME", "feature_group_count": 2}
+    )
+    ones = [jnp.ones(shape, dtype) for shape in case.shapes]
+    actual = value_and_gradients(case.conv(implementation))(*ones)[result]
+    np.testing.assert_array_equal(np.asarray(actual, np.float32), LONG)
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int32", "uint8"])
+def test_integers_and_booleans_give_what_lax_gives(dtype):
+    (case,) = named("one group")
+    x, w = (random(name, case.shapes[i], np.int32) for i, name in enumerate("xw"))
+    x, w = (jnp.asarray(a).astype(dtype) for a in (x, w))
+    actual, expected = case.conv("xla")(x, w), case.lax_conv()(x, w)
+    assert actual.dtype == expected.dtype
+    np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("weak", [(True, True), (True, False), (False, True)])
+def test_weak_types_are_those_of_lax(weak):
+    (case,) = named("one group")
+    weakly = [jnp.broadcast_to(jnp.asarray(2.0), shape) for shape in (case.lhs, case.rhs)]
+    assert all(jax.typeof(a).weak_type for a in weakly)
+    operands = [a if w else a.astype(jnp.float32) for a, w in zip(weakly, weak, strict=True)]
+    ours, theirs = (jax.eval_shape(conv, *operands) for conv in (case.conv(), case.lax_conv()))
+    assert ours == theirs
+
+
+PRECISIONS = {
+    "name": ("highest", "[HIGHEST, HIGHEST]"),
+    "enum": (lax.Precision.HIGH, "[HIGH, HIGH]"),
+    "pair of names": (("highest", "default"), "[HIGHEST, DEFAULT]"),
+    "pair of enums": ((lax.Precision.DEFAULT, lax.Precision.HIGH), "[DEFAULT, HIGH]"),
+    "list": (["highest", "highest"], "[HIGHEST, HIGHEST]"),
+    "alias": ("tensorfloat32", "[HIGH, HIGH]"),
+    "none": (None, "[DEFAULT, DEFAULT]"),
+}
+
+
+def precisions(lowered: jax.stages.Lowered) -> list[str]:
+    """The precisions of the convolutions in a program."""
+    pair = r"precision_config = \[#stablehlo<precision (\w+)>, #stablehlo<precision (\w+)>\]"
+    return ["[{}, {}]".format(*found) for found in re.findall(pair, lowered.as_text())]
+
+
+@every_implementation
+@pytest.mark.parametrize("form", PRECISIONS)
+def test_precision_reaches_all_three_convolutions(form, implementation):
+    (case,) = named("NCHW")
+    precision, expected = PRECISIONS[form]
+    conv = case.conv(implementation, precision=precision)
+    assert precisions(value_and_gradients(conv).lower(*case.random())) == [expected] * 3
+
+
+@every_implementation
+def test_a_precision_of_dot_algorithms_is_taken_as_lax_takes_it(implementation):
+    (case,) = named("NCHW")
+    x, w, _ = operands = case.random()
+    algorithm = lax.DotAlgorithmPreset.F32_F32_F32
+    actual = value_and_gradients(case.conv(implementation, precision=algorithm))(*operands)
+    assert_matches_the_oracle(actual, case, operands)
+    np.testing.assert_array_equal(actual[0].shape, case.lax_conv(precision=algorithm)(x, w).shape)
+
+
+def test_the_default_precision_is_that_of_the_trace():
+    (case,) = named("NCHW")
+    with jax.default_matmul_precision("highest"):
+        traced = value_and_gradients(case.conv()).trace(*case.random())
+    assert precisions(traced.lower()) == ["[HIGHEST, HIGHEST]"] * 3
+    elsewhere = value_and_gradients(case.conv()).lower(*case.random())
+    assert precisions(elsewhere) == ["[DEFAULT, DEFAULT]"] * 3
+
+
+def test_an_explicit_precision_goes_before_the_default():
+    (case,) = named("NCHW")
+    with jax.default_matmul_precision("highest"):
+        lowered = value_and_gradients(case.conv(precision="high")).lower(*case.random())
+    assert precisions(lowered) == ["[HIGH, HIGH]"] * 3
+
+
+def test_outside_jit_the_default_precision_is_read_at_each_call():
+    (case,) = named("NCHW")
+    x, w, _ = case.random()
+    plain = jax.make_jaxpr(case.conv())(x, w)
+    with jax.default_matmul_precision("highest"):
+        highest = jax.make_jaxpr(case.conv())(x, w)
+    specs = [jaxpr.eqns[-1].params["spec"] for jaxpr in (plain, highest)]
+    assert [spec.precision for spec in specs] == [None, "highest"]
+
+
+def test_numpy_operands_give_a_jax_array():
+    (case,) = named("NHWC")
+    x, w, _ = case.random()
+    assert isinstance(grouped_conv(x, w, **case.arguments), jax.Array)
