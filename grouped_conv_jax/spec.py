@@ -87,7 +87,9 @@ class ConvSpec:
             self.window_strides,
             self.padding,
         )
-        return tuple(canonical[i] for i in np.argsort(self.layout("out")))
+        # lax computes them as NumPy integers, but for the symbolic ones.
+        sizes = [int(n) if isinstance(n, np.integer) else n for n in canonical]
+        return tuple(sizes[i] for i in np.argsort(self.layout("out")))
 
     def shape(self, role: Role) -> tuple[int, ...]:
         return getattr(self, f"{role}_shape")

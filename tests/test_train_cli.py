@@ -44,7 +44,11 @@ def test_help_explains_every_option(tmp_path):
 
 
 def test_a_run_and_its_continuation(tmp_path):
-    result = run("--epochs", 2, "--run-dir", "run", cwd=tmp_path)
+    save_classes(tmp_path / "images", {"a": 40, "b": 40})
+    settings = (
+        "--data", "folder:images", "--epochs", 2, "--batch-size", 16, "--run-dir", "run"
+    )  # fmt: skip
+    result = run(*settings, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "data 1 x group 2" in result.stdout
     assert "cpu:0" in result.stdout
@@ -53,7 +57,7 @@ def test_a_run_and_its_continuation(tmp_path):
     folder = tmp_path / "run"
     lines = evaluations(folder)
     assert [line["epoch"] for line in lines] == [1, 2]
-    assert lines[-1]["test_accuracy"] > 0.4
+    assert [line["step"] for line in lines] == [4, 8]
     assert f"Test accuracy: {lines[-1]['test_accuracy']:.2%}" in result.stdout
     assert json.loads((folder / "config.json").read_text())["towers"] == 2
     with Image.open(folder / "filters.png") as image:
@@ -62,19 +66,19 @@ def test_a_run_and_its_continuation(tmp_path):
     # As if it had been stopped after the first epoch, its evaluation written but not saved.
     newest = max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name))
     subprocess.run(["rm", "-r", newest], check=True)
-    result = run("--epochs", 2, "--run-dir", "run", "--resume", "--mesh", 2, 1, cwd=tmp_path)
+    result = run(*settings, "--resume", "--mesh", 2, 1, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "data 2 x group 1" in result.stdout
     again = evaluations(folder)
     assert [line["epoch"] for line in again] == [1, 2]
     assert again[0] == lines[0]
-    assert again[1]["train_loss"] == pytest.approx(lines[1]["train_loss"], rel=0.01)
+    assert again[1]["train_loss"] == pytest.approx(lines[1]["train_loss"], rel=1e-3)
 
-    result = run("--epochs", 2, "--resume", "--run-dir", "run", "--seed", 1, cwd=tmp_path)
+    result = run(*settings, "--resume", "--seed", 1, cwd=tmp_path)
     assert result.returncode == 2
     assert "the run to resume was started with --seed 0, not 1" in result.stderr
 
-    result = run("--run-dir", "run", cwd=tmp_path)
+    result = run(*settings, cwd=tmp_path)
     assert result.returncode == 2
     assert "run is not empty; go on with --resume" in result.stderr
 
