@@ -64,7 +64,7 @@ def conv_spec(
         hash(precision)
     except TypeError:
         raise TypeError(
-            f"precision must be hashable, as lax's all are, got {precision!r}"
+            f"precision must be a name, a jax.lax.Precision or two of them, got {precision!r}"
         ) from None
 
     out_dtype, result_sharding = _as_lax_types_it(

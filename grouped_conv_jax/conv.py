@@ -80,6 +80,10 @@ def grouped_conv(
       ...              feature_group_count=2).shape
       (8, 32, 32, 6)
 
+    Note:
+      A `jax.checkpoint` policy that names lax's convolution, as `dots_saveable` does, does not
+      mean this one; it is the primitive named "grouped_conv".
+
     References:
       Krizhevsky, Sutskever and Hinton, "ImageNet Classification with Deep Convolutional Neural
       Networks", 2012 (two groups, on two devices); Xie et al., "Aggregated Residual

@@ -43,6 +43,27 @@ class TowerNet:
       build: makes the net, from the number of devices that share its towers (None for the whole
         net, that no devices share) and the keys of the initialisers.
       mesh: the devices; see `make_mesh`.
+
+    Example:
+      The logits of a batch, each device computing its examples and its towers:
+
+      >>> import jax, jax.numpy as jnp
+      >>> from jax.sharding import PartitionSpec
+      >>> from grouped_conv_jax.models import AlexNet, AlexNetConfig
+      >>> from grouped_conv_jax.towers import TowerNet, make_mesh
+      >>> config = AlexNetConfig.small()
+      >>> net = TowerNet(
+      ...     lambda axis_size, rngs: AlexNet(config, axis_size=axis_size, rngs=rngs),
+      ...     make_mesh(data=1, group=1),  # group=2 for a device each
+      ... )
+      >>> params = net.init(jax.random.key(0))
+      >>> examples = PartitionSpec("data")
+      >>> apply = jax.shard_map(
+      ...     lambda params, images: net.on_device(params)(images),
+      ...     mesh=net.mesh, in_specs=(net.specs, examples), out_specs=examples,
+      ... )
+      >>> jax.jit(apply)(params, jnp.ones((4, 32, 32, 3))).shape
+      (4, 10)
     """
 
     build: Callable[[int | None, nnx.Rngs], nnx.Module]

@@ -9,18 +9,22 @@ An implementation is a module with any of three functions,
     supports(contraction, spec, platform) -> None, or the reason why not
 
 where `platform` is "cpu", "cuda", "rocm", "tpu" or "another platform". It knows nothing of
-differentiation, vmap, sharding or of when it is chosen. To add one: write the file, add it to
-`_MODULES`.
+differentiation, vmap, sharding or of when it is chosen. To add one: write the file, and a line
+with its name in `TABLE`.
 """
 
+import importlib
 from types import ModuleType
 
-from grouped_conv_jax.implementations import vmap, xla
-from grouped_conv_jax.spec import ConvSpec
+from grouped_conv_jax.spec import Contraction, ConvSpec
 
-_MODULES: tuple[ModuleType, ...] = (xla, vmap)
-
-TABLE: dict[str, ModuleType] = {module.__name__.rpartition(".")[2]: module for module in _MODULES}
+TABLE: dict[str, ModuleType] = {
+    name: importlib.import_module(f"{__name__}.{name}")
+    for name in (
+        "xla",
+        "vmap",
+    )
+}
 
 
 def implementations() -> tuple[str, ...]:
@@ -39,7 +43,7 @@ def check_name(name: str | None) -> None:
         raise ValueError(f"unknown implementation {name!r}; known: {', '.join(TABLE)}, or None")
 
 
-def unsupported(name: str, contraction: str, spec: ConvSpec, platform: str) -> str | None:
+def unsupported(name: str, contraction: Contraction, spec: ConvSpec, platform: str) -> str | None:
     """None if the implementation computes this contraction here, else the reason why not."""
     module = TABLE[name]
     if not hasattr(module, contraction):

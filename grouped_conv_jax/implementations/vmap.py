@@ -6,10 +6,10 @@ JAX folds the mapped axis back into feature groups, so that XLA sees what the re
 import jax
 
 from grouped_conv_jax.implementations import xla
-from grouped_conv_jax.spec import ConvSpec, Role
+from grouped_conv_jax.spec import Contraction, ConvSpec, Role
 
 
-def supports(contraction: str, spec: ConvSpec, platform: str) -> str | None:
+def supports(contraction: Contraction, spec: ConvSpec, platform: str) -> str | None:
     return None
 
 
