@@ -36,7 +36,7 @@ from alexnet.training import (
     paper_optimizer,
     tower_net,
 )
-from grouped_conv_jax.implementations import check_name
+from grouped_conv_jax.algorithms import check_name
 from grouped_conv_jax.models import AlexNetConfig
 from grouped_conv_jax.towers import DATA, make_mesh
 

@@ -7,9 +7,9 @@ they need Flax) are the layers and networks on top of it.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from grouped_conv_jax.algorithms import implementations
 from grouped_conv_jax.conv import grouped_conv
 from grouped_conv_jax.counting import count_multiply_adds
-from grouped_conv_jax.implementations import implementations
 
 if TYPE_CHECKING:
     from grouped_conv_jax import linen, models, nnx, towers

@@ -14,8 +14,9 @@ import jax
 import numpy as np
 from jax import lax
 from jax.core import ShapedArray
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 
+from grouped_conv_jax.explicit import has_explicit_axes
 from grouped_conv_jax.spec import ConvSpec
 
 PADDINGS = ("SAME", "SAME_LOWER", "VALID")
@@ -54,7 +55,7 @@ def conv_spec(
     lhs_dilation = _positive_integers("lhs_dilation", lhs_dilation, rank, default=1)
     rhs_dilation = _positive_integers("rhs_dilation", rhs_dilation, rank, default=1)
     _check_groups(lhs.shape, rhs.shape, numbers, groups)
-    padding = _padding_pairs(padding, lhs, rhs, strides, lhs_dilation, rhs_dilation, numbers)
+    pairs = _padding_pairs(padding, lhs, rhs, strides, lhs_dilation, rhs_dilation, numbers)
     if precision is None:
         # Read now, as lax does: by the time of lowering the context may be another.
         precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
@@ -72,7 +73,8 @@ def conv_spec(
         rhs,
         out_sharding,
         window_strides=strides,
-        padding=padding,
+        # lax takes a string where it would refuse the pairs of symbolic sizes that it stands for.
+        padding=padding if isinstance(padding, str) else pairs,
         lhs_dilation=lhs_dilation,
         rhs_dilation=rhs_dilation,
         dimension_numbers=numbers,
@@ -86,7 +88,7 @@ def conv_spec(
         dtype=lhs.dtype,
         out_dtype=out_dtype,
         window_strides=strides,
-        padding=padding,
+        padding=pairs,
         lhs_dilation=lhs_dilation,
         rhs_dilation=rhs_dilation,
         dimension_numbers=numbers,
@@ -153,7 +155,7 @@ def _as_lax_types_it(
     """The dtype of the result by lax's own rules, and its sharding on an Explicit mesh."""
     meshes = (lhs.sharding.mesh, rhs.sharding.mesh)
     mesh = next((m for m in meshes if not m.empty), jax.sharding.get_abstract_mesh())
-    if out_sharding is None and AxisType.Explicit not in mesh.axis_types:
+    if out_sharding is None and not has_explicit_axes(mesh):
         shapes = (lhs.shape, rhs.shape)
         x64 = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
         return _unsharded_dtype(*shapes, lhs.dtype, x64, **arguments), None

@@ -20,10 +20,11 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes
+from jax.sharding import NamedSharding, PartitionSpec
 
 from grouped_conv_jax import selection
-from grouped_conv_jax.implementations import TABLE
+from grouped_conv_jax.algorithms import TABLE
+from grouped_conv_jax.explicit import has_explicit_axes, untyped
 from grouped_conv_jax.spec import Contraction, ConvSpec, Factor, Role
 
 OPERANDS: dict[Contraction, tuple[Role, Role]] = {
@@ -106,7 +107,7 @@ def _transpose_rule(position: int):
             contraction=transposed,
             spec=spec,
             implementation=implementation,
-            out_sharding=sharding if AxisType.Explicit in sharding.mesh.axis_types else None,
+            out_sharding=sharding if has_explicit_axes(sharding.mesh) else None,
         )
 
     return rule
@@ -136,7 +137,7 @@ def _batching_rule(axis_data, operands, axes, *, contraction, spec, implementati
     mapped |= {role for role, axis in zip(roles, axes, strict=True) if axis is not None}
     factor = _FACTOR[frozenset(mapped)]
 
-    def folded(*operands) -> Any:
+    def folded(*operands):
         operands = (
             x if axis is None else spec.fold(role, factor, x, axis)
             for role, x, axis in zip(roles, operands, axes, strict=True)
@@ -153,7 +154,7 @@ def _batching_rule(axis_data, operands, axes, *, contraction, spec, implementati
     partitions += [None] * (len(spec.shape(result)) - len(partitions))
     partitions.insert(axis, axis_data.explicit_mesh_axis)
     sharding = NamedSharding(out_sharding.mesh, PartitionSpec(*partitions))
-    return auto_axes(folded, out_sharding=sharding)(*operands), axis
+    return untyped(folded, sharding)(*operands), axis
 
 
 batching.fancy_primitive_batchers[grouped_conv_p] = _batching_rule
@@ -164,7 +165,7 @@ batching.fancy_primitive_batchers[grouped_conv_p] = _batching_rule
 
 def _lowering_rule(platform: str):
     def rule(ctx, *operands, contraction, spec, implementation, out_sharding):
-        def compute(first, second) -> Any:
+        def compute(first, second):
             result = RESULT[contraction]
             if any(n == 0 for n in (*first.shape, *second.shape, *spec.shape(result))):
                 return jnp.zeros(spec.shape(result), spec.role_dtype(result))
@@ -172,12 +173,9 @@ def _lowering_rule(platform: str):
             with jax.named_scope(f"grouped_conv.{contraction}.{name}"):
                 return getattr(TABLE[name], contraction)(first, second, spec)
 
-        if AxisType.Explicit in ctx.avals_out[0].sharding.mesh.axis_types:
-            # The type of the result is settled; how it is computed need not be typed as well.
-            typed = auto_axes(compute, out_sharding=ctx.avals_out[0].sharding)
-        else:
-            typed = compute
-        return mlir.lower_fun(typed, multiple_results=False)(ctx, *operands)
+        # The type of the result is settled; how it is computed need not be typed as well.
+        compute = untyped(compute, ctx.avals_out[0].sharding)
+        return mlir.lower_fun(compute, multiple_results=False)(ctx, *operands)
 
     return rule
 

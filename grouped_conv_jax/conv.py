@@ -6,12 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from grouped_conv_jax import arguments
+from grouped_conv_jax.algorithms import check_name
 from grouped_conv_jax.contraction import contract
-from grouped_conv_jax.implementations import check_name
+from grouped_conv_jax.explicit import untyped
 
 
 def grouped_conv(
@@ -150,8 +151,4 @@ def _feature_groups(
     def rearrange(lhs) -> Any:
         return jnp.moveaxis(jnp.reshape(lhs, split), batch, features).reshape(merged)
 
-    sharding = jax.typeof(lhs).sharding
-    if AxisType.Explicit in sharding.mesh.axis_types:
-        typed: Any = auto_axes(rearrange, out_sharding=sharding)
-        return typed(lhs), batch_group_count
-    return rearrange(lhs), batch_group_count
+    return untyped(rearrange, jax.typeof(lhs).sharding)(lhs), batch_group_count

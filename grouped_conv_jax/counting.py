@@ -15,11 +15,12 @@ def count_multiply_adds(function: Callable, *args: Any) -> int:
 
     Nothing is computed: `args` may be arrays or `jax.ShapeDtypeStruct`. Padding counts as data, as
     is usual; gradients count where `function` takes them; a `lax.scan` counts as often as it
-    runs, and of the branches of a `lax.cond` the dearest.
+    runs, of the branches of a `lax.cond` the dearest, and what is inside `jax.shard_map` as the
+    work of one device.
 
     Raises:
-      NotImplementedError: `function` has a `lax.while_loop`, which may run any number of times,
-        or a convolution that is not a `grouped_conv`.
+      NotImplementedError: `function` has some of them in a `lax.while_loop`, which may run any
+        number of times, or has a convolution that is not a `grouped_conv`.
 
     Example:
       >>> import jax
@@ -45,9 +46,9 @@ def _count_equation(equation: Any) -> int:
         (contracting, _), _ = equation.params["dimension_numbers"]
         lhs = equation.invars[0].aval.shape
         return math.prod(equation.outvars[0].aval.shape) * math.prod(lhs[d] for d in contracting)
-    if name in ("while", "conv_general_dilated"):
-        raise NotImplementedError(f"cannot count the multiply-adds of {name}")
     inner = [_count(jaxpr) for jaxpr in jaxprs_in_params(equation.params)]
+    if name == "conv_general_dilated" or (name == "while" and any(inner)):
+        raise NotImplementedError(f"cannot count the multiply-adds of {name}")
     if name == "scan":
         return equation.params["length"] * sum(inner)
     return max(inner, default=0) if name == "cond" else sum(inner)

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 
 from grouped_conv_jax import arguments
+from grouped_conv_jax.algorithms import check_name
 from grouped_conv_jax.conv import grouped_conv
-from grouped_conv_jax.implementations import check_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +25,16 @@ class Convolution:
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         return grouped_conv(*args, **kwargs, implementation=self.implementation)
+
+
+def check_no_other_convolution(**functions: Any) -> None:
+    """Raises TypeError if the layer was given a convolution to use in place of this library's."""
+    for name, function in functions.items():
+        if function is not None and not isinstance(function, Convolution):
+            raise TypeError(
+                f"GroupedConv convolves with grouped_conv and takes no {name}; Flax's own Conv "
+                "takes one"
+            )
 
 
 def check_features(in_features: int, out_features: int, feature_group_count: Any) -> None:

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 from flax import linen
 
-from grouped_conv_jax.layers import Convolution, check_features
+from grouped_conv_jax.layers import Convolution, check_features, check_no_other_convolution
 
 
 class GroupedConv(linen.Conv):
@@ -34,6 +34,10 @@ class GroupedConv(linen.Conv):
     implementation: str | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self):
+        check_no_other_convolution(
+            conv_general_dilated=self.conv_general_dilated,
+            conv_general_dilated_cls=self.conv_general_dilated_cls,
+        )
         self.conv_general_dilated = Convolution(self.implementation)
         super().__post_init__()
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from flax import nnx
 
-from grouped_conv_jax.layers import Convolution, check_features
+from grouped_conv_jax.layers import Convolution, check_features, check_no_other_convolution
 
 
 class GroupedConv(nnx.Conv):
@@ -53,6 +53,7 @@ class GroupedConv(nnx.Conv):
         rngs: nnx.Rngs,
         **kwargs: Any,
     ):
+        check_no_other_convolution(conv_general_dilated=kwargs.pop("conv_general_dilated", None))
         check_features(in_features, out_features, feature_group_count)
         super().__init__(
             in_features,

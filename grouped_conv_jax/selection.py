@@ -1,6 +1,6 @@
 """Which implementation computes a contraction, for the platform and the shapes at hand."""
 
-from grouped_conv_jax.implementations import TABLE, unsupported
+from grouped_conv_jax.algorithms import TABLE, unsupported
 from grouped_conv_jax.spec import Contraction, ConvSpec
 
 

@@ -15,7 +15,7 @@ from test_values import value_and_gradients
 
 import grouped_conv_jax
 from grouped_conv_jax import implementations, selection
-from grouped_conv_jax.implementations import TABLE, unsupported, xla
+from grouped_conv_jax.algorithms import TABLE, unsupported, xla
 
 CONTRACTIONS = ("fprop", "dgrad", "wgrad")
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")

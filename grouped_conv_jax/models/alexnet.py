@@ -298,7 +298,7 @@ class AlexNet(nnx.Module):
 def local_response_normalization(
     x: jax.Array, size: int, alpha: float, beta: float, k: float
 ) -> jax.Array:
-    """X / (k + alpha * the sum of x² over `size` neighbouring features)^beta (section 3.3).
+    """`x` / (k + alpha * the sum of x² over `size` neighbouring features)^beta (section 3.3).
 
     Over the last axis, the window centred; what is beyond the ends counts as 0.
     """

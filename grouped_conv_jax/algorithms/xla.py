@@ -90,7 +90,7 @@ def _convolve(
     result: Role,
     spec: ConvSpec,
 ) -> jax.Array:
-    lhs, padding = _cropped(lhs, padding, lhs_dilation, layouts[0][2:])
+    lhs, padding, lhs_dilation = _plainly_padded(lhs, padding, lhs_dilation, layouts[0][2:])
     if any(n == 0 for n in lhs.shape):
         return jnp.zeros(spec.shape(result), spec.role_dtype(result))
     return lax.conv_general_dilated(
@@ -107,25 +107,34 @@ def _convolve(
     ).astype(spec.role_dtype(result))
 
 
-def _cropped(
+def _plainly_padded(
     x: jax.Array,
     padding: Sequence[tuple[int, int]],
     dilation: Sequence[int],
     spatial_dimensions: Sequence[int],
-) -> tuple[jax.Array, list[tuple[int, int]]]:
-    """Negative padding as a slice before the dilation, so that what is left is not negative.
+) -> tuple[jax.Array, list[tuple[int, int]], list[int]]:
+    """What is left of padding and dilation when those are done that a convolution does not take.
 
-    XLA:CPU before jax 0.11 reads out of bounds where padding is negative before and positive after.
+    - Negative padding, as a slice before the dilation. XLA:CPU before jax 0.11 reads out of bounds
+      where padding is negative before and positive after.
+    - What has a symbolic size, as a pad: lax's convolution takes symbolic pads as a string only.
     """
-    left = []
+    left, steps = [], []
     for d, step, (low, high) in zip(spatial_dimensions, dilation, padding, strict=True):
-        # How many elements the crop reaches; a gap after the last of them stays, as padding.
-        first, last = (-(min(pad, 0) // step) if isinstance(pad, int) else 0 for pad in (low, high))
+        pads_known = isinstance(low, int) and isinstance(high, int)
+        if not pads_known or (min(low, high) < 0 and not isinstance(x.shape[d], int)):
+            config = [(0, 0, 0)] * x.ndim
+            config[d] = (low, high, step - 1)
+            x = lax.pad(x, jnp.zeros((), x.dtype), config)
+            low, high, step = 0, 0, 1
+        # How many elements the crop reaches; a gap beside the last of them stays, as padding.
+        first, last = (-(min(pad, 0) // step) for pad in (low, high))
         if first or last:
             start = min(first, x.shape[d])
             x = lax.slice_in_dim(x, start, max(start, x.shape[d] - last), axis=d)
         left.append((low + first * step, high + last * step))
-    return x, left
+        steps.append(step)
+    return x, left, steps
 
 
 def _exchanged(layout: Sequence[int]) -> tuple[int, ...]:

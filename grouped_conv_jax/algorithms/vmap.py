@@ -5,7 +5,7 @@ JAX folds the mapped axis back into feature groups, so that XLA sees what the re
 
 import jax
 
-from grouped_conv_jax.implementations import xla
+from grouped_conv_jax.algorithms import xla
 from grouped_conv_jax.spec import Contraction, ConvSpec, Role
 
 
