@@ -66,6 +66,11 @@ def main() -> None:
     config = tyro.cli(TrainConfig)
     console = Console(soft_wrap=True)
     try:
+        if config.resume:
+            # Once more, with the settings of that run as the defaults.
+            saved, _ = TrainConfig.load(config.run_dir or newest_run())
+            config = tyro.cli(TrainConfig, default=saved)
+            config.check_same_as(saved)
         config.check()
         # Two devices where there is nothing but a CPU; accelerators are as many as there are.
         jax.config.update("jax_num_cpu_devices", math.prod(config.mesh) if config.mesh else 2)
@@ -73,8 +78,8 @@ def main() -> None:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    describe(run, console)
     try:
+        describe(run, console)
         train(run, console)
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -110,9 +115,9 @@ def set_up(config: TrainConfig) -> Run:
         )
     if config.batch_size > len(dataset.train):
         raise UsageError(
-            f"a batch of {config.batch_size} is more than the {len(dataset.train)} training images"
+            f"a batch of {config.batch_size} is more than the {len(dataset.train)} training "
+            "images; take a smaller --batch-size"
         )
-    folder = run_folder(config)
 
     steps = len(dataset.train) // config.batch_size
     schedule = optax.warmup_cosine_decay_schedule(
@@ -126,13 +131,26 @@ def set_up(config: TrainConfig) -> Run:
         flip=dataset.flip,
         seed=config.seed,
     )
-    state = trainer.init()
-    checkpoints = Checkpoints(folder / "checkpoints")
-    if config.resume:
-        state = checkpoints.restore_newest(like=state)
-        forget_after(folder / "metrics.jsonl", int(state.step))
-    else:
-        config.save(folder / "config.json")
+    images = {
+        "classes": list(dataset.classes),
+        "training_images": len(dataset.train),
+        "test_images": len(dataset.test),
+    }
+    folder = config.run_dir if config.resume and config.run_dir else new_folder(config)
+    try:
+        checkpoints = Checkpoints(folder / "checkpoints")
+        state = trainer.init()
+        if config.resume:
+            if TrainConfig.load(folder)[1] != images:
+                raise UsageError(f"the images of {config.data} have changed since {folder} began")
+            state = checkpoints.restore_newest(like=state)
+            forget_after(folder / "metrics.jsonl", int(state.step))
+        else:
+            config.save(folder / "config.json", **images)
+            # So that there is something to go on from however early the run is stopped.
+            checkpoints.save(state)
+    except OSError as error:
+        raise UsageError(f"cannot write to the run folder {folder}: {error.strerror}") from error
     return Run(config, folder, dataset, net, trainer, state, checkpoints)
 
 
@@ -154,17 +172,16 @@ def choose_mesh(config: TrainConfig) -> tuple[int, int]:
     return devices // group, group
 
 
-def run_folder(config: TrainConfig) -> Path:
-    """The folder of this run: a new one, or with `--resume` the one to go on with."""
-    if config.resume:
-        folder = config.run_dir
-        if folder is None:
-            started = sorted(RUNS.glob("*/config.json"), key=lambda path: path.stat().st_mtime)
-            if not started:
-                raise UsageError(f"nothing to resume: no run in {RUNS.absolute()}")
-            folder = started[-1].parent
-        config.check_same_as(folder / "config.json")
-        return folder
+def newest_run() -> Path:
+    """The folder below runs/ that was begun last."""
+    started = sorted(RUNS.glob("*/config.json"), key=lambda path: path.stat().st_mtime)
+    if not started:
+        raise UsageError(f"nothing to resume: no run in {RUNS.absolute()}")
+    return started[-1].parent
+
+
+def new_folder(config: TrainConfig) -> Path:
+    """An empty folder for this run."""
     kind = config.data.partition(":")[0]
     folder = config.run_dir or RUNS / f"{kind}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     try:
@@ -192,6 +209,8 @@ def describe(run: Run, console: Console) -> None:
 def train(run: Run, console: Console) -> None:
     """Trains to the last epoch; evaluates, logs and saves after each."""
     first = int(run.state.step) // run.steps_per_epoch
+    if first == run.config.epochs:
+        console.print(f"All {first} epochs were done before.")
     with Progress(
         TextColumn("epoch {task.fields[epoch]}"),
         BarColumn(),
@@ -204,7 +223,7 @@ def train(run: Run, console: Console) -> None:
             "",
             total=run.config.epochs * run.steps_per_epoch,
             completed=int(run.state.step),
-            epoch=first + 1,
+            epoch=min(first + 1, run.config.epochs),
             numbers="",
         )
         for epoch in range(first, run.config.epochs):
@@ -241,7 +260,8 @@ def train_epoch(run: Run, epoch: int, show: Callable[[str], None]) -> dict[str, 
         else:
             images = (len(losses) - 1) * run.config.batch_size
             speed = images / (time.perf_counter() - began)
-        show(f"loss {loss:.3f}  accuracy {accuracy:.1%}  {speed:.0f} images/s")
+        shown = f"{speed:.0f} images/s" if speed else ""
+        show(f"loss {loss:.3f}  accuracy {accuracy:.1%}  {shown}")
     return {
         "epoch": epoch + 1,
         "step": int(run.state.step),
@@ -270,11 +290,16 @@ def check_finite(run: Run, loss: float) -> None:
 
 def forget_after(metrics: Path, step: int) -> None:
     """Drops the evaluations after `step` from a run that is gone on with from there."""
-    if metrics.exists():
-        lines = [
-            line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= step
-        ]
-        metrics.write_text("".join(line + "\n" for line in lines))
+    kept = []
+    for line in metrics.read_text().splitlines() if metrics.exists() else []:
+        try:
+            evaluation = json.loads(line)
+        except ValueError:
+            # The run was killed while it wrote this line.
+            continue
+        if evaluation["step"] <= step:
+            kept.append(line + "\n")
+    metrics.write_text("".join(kept))
 
 
 if __name__ == "__main__":

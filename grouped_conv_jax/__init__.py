@@ -25,6 +25,9 @@ __all__ = [
 ]
 
 
+__version__ = "0.1.0"
+
+
 def __getattr__(name: str) -> Any:
     if name in ("linen", "models", "nnx", "towers"):
         return importlib.import_module(f"grouped_conv_jax.{name}")

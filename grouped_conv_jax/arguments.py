@@ -183,10 +183,15 @@ def _check_groups(lhs_shape: Any, rhs_shape: Any, numbers: Any, groups: int) -> 
     check_divides("feature_group_count", groups, "the features of lhs", inputs)
     check_divides("feature_group_count", groups, "the output features of rhs", outputs)
     if depth != inputs // groups:
+        fits = depth > 0 and inputs % depth == 0 and outputs % (inputs // depth) == 0
+        mend = (
+            f"feature_group_count={inputs // depth} would fit"
+            if fits
+            else f"a kernel for {inputs // groups} input features would fit"
+        )
         raise ValueError(
             f"rhs takes {depth} input features per group, but lhs has {inputs} features in "
-            f"{groups} groups, {inputs // groups} each; the kernel for this lhs has "
-            f"{inputs // groups} input features"
+            f"feature_group_count={groups}, {inputs // groups} each; {mend}"
         )
     if 0 in (taps := tuple(rhs_shape[d] for d in numbers.rhs_spec[2:])):
         raise ValueError(f"rhs must have at least one tap in each spatial dimension, got {taps}")

@@ -48,7 +48,8 @@ def _count_equation(equation: Any) -> int:
         return math.prod(equation.outvars[0].aval.shape) * math.prod(lhs[d] for d in contracting)
     inner = [_count(jaxpr) for jaxpr in jaxprs_in_params(equation.params)]
     if name == "conv_general_dilated" or (name == "while" and any(inner)):
-        raise NotImplementedError(f"cannot count the multiply-adds of {name}")
+        mend = "; convolve with grouped_conv" if name == "conv_general_dilated" else ""
+        raise NotImplementedError(f"cannot count the multiply-adds of {name}{mend}")
     if name == "scan":
         return equation.params["length"] * sum(inner)
     return max(inner, default=0) if name == "cond" else sum(inner)

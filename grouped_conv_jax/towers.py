@@ -28,7 +28,8 @@ def make_mesh(data: int, group: int, devices: Sequence[Any] | None = None) -> Me
         raise ValueError(f"a mesh has at least one device on each axis, got {data} x {group}")
     if data * group > len(devices):
         raise ValueError(
-            f"a mesh of {data} x {group} needs {data * group} devices, there are {len(devices)}"
+            f"a mesh of {data} x {group} needs {data * group} devices, there are {len(devices)}; "
+            "a CPU can be several, if jax_num_cpu_devices is set before the first use of JAX"
         )
     return jax.make_mesh(
         (data, group), (DATA, GROUP), (AxisType.Auto,) * 2, devices=devices[: data * group]

@@ -44,12 +44,12 @@ WRONG = {
     "a dense kernel for two groups": (
         {"rhs": ones((4, 6, 3, 3))},
         ValueError,
-        ["rhs takes 6", "6 features in 2 groups", "3 input features"],
+        ["rhs takes 6", "6 features in feature_group_count=2, 3 each", "=1 would fit"],
     ),
     "a grouped kernel for one group": (
         {"feature_group_count": 1},
         ValueError,
-        ["rhs takes 3", "6 features in 1 groups", "6 input features"],
+        ["rhs takes 3", "6 features in feature_group_count=1, 6 each", "=2 would fit"],
     ),
     "no groups": ({"feature_group_count": 0}, ValueError, ["feature_group_count", "1", "0"]),
     "negative groups": ({"feature_group_count": -1}, ValueError, ["feature_group_count", "-1"]),

@@ -92,6 +92,34 @@ def test_the_rows_can_be_symbolic(implementation):
 
 
 @every_implementation
+@pytest.mark.parametrize("padding", ["SAME", "SAME_LOWER", "VALID", [(-1, 2), (0, 1)]], ids=str)
+@pytest.mark.parametrize("rhs_dilation", [(1, 1), (2, 1)], ids=str)
+def test_symbolic_rows_with_strides(implementation, padding, rhs_dilation):
+    arguments = {
+        "window_strides": (2, 1),
+        "padding": padding,
+        "rhs_dilation": rhs_dilation,
+        "feature_group_count": 2,
+    }
+    case = Case("symbolic rows", (2, 4, 9, 6), (6, 2, 3, 3), arguments)
+    (rows,) = export.symbolic_shape("h", constraints=["h >= 8"])
+    lhs = jax.ShapeDtypeStruct((2, 4, rows, 6), np.float32)
+    rhs = jax.ShapeDtypeStruct(case.rhs, np.float32)
+    x, w, _ = case.random()
+    lengths = oracle.lengths(*case.shapes, **arguments)
+
+    conv = case.conv(implementation)
+    program = export.export(jax.jit(conv))(lhs, rhs)
+    oracle.assert_close(program.call(x, w), oracle.forward(x, w, **arguments), lengths[0])
+
+    gradients = jax.jit(jax.grad(lambda x, w: jnp.sum(conv(x, w)), argnums=(0, 1)))
+    dx, dw = export.export(gradients)(lhs, rhs).call(x, w)
+    ones = np.ones(case.out)
+    oracle.assert_close(dx, oracle.input_gradient(ones, w, x.shape, **arguments), lengths[1])
+    oracle.assert_close(dw, oracle.kernel_gradient(x, ones, w.shape, **arguments), lengths[2])
+
+
+@every_implementation
 @pytest.mark.parametrize("batch", ["fixed", "symbolic"])
 def test_a_cpu_exports_for_other_platforms(batch, implementation):
     (case,) = named("NCHW")

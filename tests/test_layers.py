@@ -166,6 +166,27 @@ def test_an_unknown_implementation_is_refused_when_the_layer_is_made():
         grouped_conv_jax.linen.GroupedConv(6, (3, 3), feature_group_count=2, implementation="fast")
 
 
+def test_a_convolution_of_ones_own_is_refused():
+    other = jax.lax.conv_general_dilated
+    with pytest.raises(TypeError, match="takes no conv_general_dilated; Flax's own Conv takes one"):
+        grouped_conv_jax.nnx.GroupedConv(
+            6, 6, (3, 3), feature_group_count=2, conv_general_dilated=other, rngs=nnx.Rngs(0)
+        )
+    with pytest.raises(TypeError, match="takes no conv_general_dilated; Flax's own Conv takes one"):
+        grouped_conv_jax.linen.GroupedConv(
+            6, (3, 3), feature_group_count=2, conv_general_dilated=other
+        )
+    with pytest.raises(TypeError, match="takes no conv_general_dilated_cls"):
+        grouped_conv_jax.linen.GroupedConv(
+            6, (3, 3), feature_group_count=2, conv_general_dilated_cls=lambda: other
+        )
+    layer = grouped_conv_jax.linen.GroupedConv(6, (3, 3), feature_group_count=2)
+    (equation,) = convolutions(
+        layer.clone(implementation="vmap").init, jax.random.key(0), jnp.ones((1, 4, 4, 6))
+    )
+    assert equation.params["implementation"] == "vmap"
+
+
 def test_equal_layers_are_equal_static_data():
     def make(implementation=None):
         return grouped_conv_jax.nnx.GroupedConv(

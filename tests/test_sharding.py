@@ -164,6 +164,32 @@ def test_vmap_and_jvp_within_shard_map(implementation):
 
 
 @every_implementation
+@pytest.mark.parametrize(
+    ("manual", "rest"),
+    [
+        (AxisType.Auto, AxisType.Auto),
+        (AxisType.Auto, AxisType.Explicit),
+        (AxisType.Explicit, AxisType.Explicit),
+    ],
+    ids=lambda kind: kind.name,
+)
+def test_a_partly_manual_shard_map(implementation, manual, rest):
+    kinds = jax.make_mesh((4, 2), ("data", "group"), axis_types=(manual, rest))
+    x, w, y = CASE.random()
+    with jax.set_mesh(kinds):
+        spec = P("data") if manual == AxisType.Explicit else P()
+        x, y = (jax.device_put(a, NamedSharding(kinds, spec)) for a in (x, y))
+        conv = jax.shard_map(
+            CASE.conv(implementation),
+            in_specs=(P("data"), P()),
+            out_specs=P("data"),
+            axis_names={"data"},
+        )
+        actual = jax.jit(lambda x, w, y: (conv(x, w), *jax.vjp(conv, x, w)[1](y)))(x, w, y)
+    assert_matches_the_oracle(actual, CASE, [np.asarray(a) for a in (x, w, y)])
+
+
+@every_implementation
 def test_batch_groups_within_shard_map(implementation):
     case = Case("batch groups", (4, 3, 5), (4, 3, 3), {
         "window_strides": (1,), "padding": "SAME", "batch_group_count": 2

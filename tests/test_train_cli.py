@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_data import save_classes
-from train_alexnet import set_up
+from train_alexnet import newest_run, set_up
 
 from alexnet.config import TrainConfig
 from alexnet.errors import UsageError
@@ -63,10 +66,12 @@ def test_a_run_and_its_continuation(tmp_path):
     with Image.open(folder / "filters.png") as image:
         assert np.ptp(np.asarray(image.convert("L"))) > 100
 
-    # As if it had been stopped after the first epoch, its evaluation written but not saved.
+    # As if it had been killed in the second epoch, while it wrote the evaluation.
     newest = max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name))
-    subprocess.run(["rm", "-r", newest], check=True)
-    result = run(*settings, "--resume", "--mesh", 2, 1, cwd=tmp_path)
+    shutil.rmtree(newest)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 3, "st')
+    result = run("--resume", "--run-dir", "run", "--mesh", 2, 1, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "data 2 x group 1" in result.stdout
     again = evaluations(folder)
@@ -74,13 +79,44 @@ def test_a_run_and_its_continuation(tmp_path):
     assert again[0] == lines[0]
     assert again[1]["train_loss"] == pytest.approx(lines[1]["train_loss"], rel=1e-3)
 
-    result = run(*settings, "--resume", "--seed", 1, cwd=tmp_path)
-    assert result.returncode == 2
-    assert "the run to resume was started with --seed 0, not 1" in result.stderr
+    result = run("--resume", "--run-dir", "run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "All 2 epochs were done before" in result.stdout
 
-    result = run(*settings, cwd=tmp_path)
-    assert result.returncode == 2
-    assert "run is not empty; go on with --resume" in result.stderr
+    for mistake, message in (
+        (["--resume", "--seed", 1], "the run to resume was started with --seed 0, not 1"),
+        ([], "run is not empty; go on with --resume"),
+    ):
+        result = run("--run-dir", "run", *mistake, cwd=tmp_path)
+        assert result.returncode == 2
+        assert message in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_a_run_stopped_at_once_goes_on(tmp_path):
+    save_classes(tmp_path / "images", {"a": 40, "b": 40})
+    arguments = ("--data", "folder:images", "--epochs", "1", "--batch-size", "16")
+    process = subprocess.Popen(
+        [sys.executable, "-u", SCRIPT, *arguments],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("Run folder: "):
+            break
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 130
+    hint = re.search(r"stopped; go on with (--resume --run-dir \S+)\n", stderr)
+    assert hint is not None, stderr
+    result = run(*hint[1].split(), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert len(evaluations(folder)) == 1
 
 
 @pytest.mark.parametrize(
@@ -119,8 +155,9 @@ def test_a_mistake_is_told_without_a_traceback_and_with_exit_code_2(tmp_path, ar
         ({"mesh": (3, 3)}, "a mesh of 3 x 3 needs 9 devices, there are 8"),
         ({"batch_size": 5000}, "a batch of 5000 is more than the 1438 training images"),
         ({"implementation": "magic"}, "unknown implementation 'magic'; known: xla, vmap"),
-        ({"resume": True}, "nothing to resume: no run in"),
-        ({"resume": True, "run_dir": Path("none")}, "cannot read the settings of the run"),
+        ({"seed": 2**32}, r"--seed must be less than 2\*\*32, got 4294967296"),
+        ({"mesh": (10**11, 1)}, "--mesh must be at most 4096 devices"),
+        ({"data": "folder:"}, '--data must be "digits", "photos" or "folder:DIR"'),
         ({"run_dir": Path("file/below")}, "cannot make the run folder"),
     ],
     ids=str,
@@ -139,6 +176,43 @@ def test_what_a_run_cannot_start_with_is_refused(tmp_path, monkeypatch, settings
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_run_that_is_not_there_is_not_resumed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="nothing to resume: no run in"):
+        newest_run()
+    with pytest.raises(UsageError, match="nothing to resume: no run in none"):
+        TrainConfig.load(Path("none"))
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UsageError, match=r"config\.json is not what a run has written"):
+        TrainConfig.load(tmp_path)
+
+
+def test_settings_are_saved_and_loaded(tmp_path):
+    config = TrainConfig(data="photos", mesh=(2, 2), learning_rate=0.5)
+    config.save(tmp_path / "config.json", classes=["a"])
+    loaded, more = TrainConfig.load(tmp_path)
+    assert loaded == dataclasses.replace(config, run_dir=tmp_path, resume=True)
+    assert more == {"classes": ["a"]}
+
+
+def test_changed_images_and_damaged_checkpoints_are_not_resumed_from(tmp_path):
+    save_classes(tmp_path / "images", {"a": 12, "b": 12})
+    config = TrainConfig(
+        data=f"folder:{tmp_path / 'images'}", batch_size=8, run_dir=tmp_path / "run", mesh=(1, 1)
+    )
+    set_up(config).checkpoints.close()
+    resumed = dataclasses.replace(config, resume=True)
+    files = [f for f in (tmp_path / "run" / "checkpoints" / "0").rglob("*") if f.is_file()]
+    for file in files:
+        file.write_bytes(file.read_bytes()[:3])
+    with pytest.raises(UsageError, match=r"cannot read the checkpoint .*checkpoints/0: "):
+        set_up(resumed)
+    save_classes(tmp_path / "images", {"c": 12})
+    with pytest.raises(UsageError, match=r"the images of folder:.* have changed since"):
+        set_up(resumed)
+
+
+@pytest.mark.slow
 def test_a_folder_of_images_is_trained_on_with_four_towers(tmp_path):
     save_classes(tmp_path / "images", {"a": 12, "b": 12})
     result = run(
@@ -151,6 +225,7 @@ def test_a_folder_of_images_is_trained_on_with_four_towers(tmp_path):
     assert 0 <= evaluations(folder)[-1]["test_accuracy"] <= 1
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     save_classes(tmp_path / "images", {"a": 12, "b": 12})
     result = run(

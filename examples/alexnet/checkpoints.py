@@ -26,13 +26,22 @@ class Checkpoints:
         """The newest state, placed as `like` is.
 
         Raises:
-          UsageError: there is none.
+          UsageError: there is none, or it cannot be read.
         """
         step = self._manager.latest_step()
         if step is None:
             raise UsageError(f"nothing to resume: no checkpoint in {self._folder}")
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
-        return TrainState(**self._manager.restore(step, args=ocp.args.StandardRestore(abstract)))
+        try:
+            return TrainState(
+                **self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+            )
+        except Exception as error:
+            # What orbax raises depends on which of its files is damaged.
+            reason = str(error).partition("\n")[0]
+            raise UsageError(
+                f"cannot read the checkpoint {self._folder / str(step)}: {reason}"
+            ) from error
 
     def close(self) -> None:
         """Waits until what was saved is on disk."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,6 +10,8 @@ import tyro
 
 from alexnet.errors import UsageError
 from grouped_conv_jax.models import AlexNetConfig
+
+MOST_DEVICES = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,21 +22,23 @@ class TrainConfig:
     towers on two devices.
     """
 
+    # In the help every line of a text stands by itself, so each is a sentence.
+
     data: str = "digits"
-    """What to train on: "digits" (handwritten, 10 classes), "photos" (crops of colour photographs,
-    a class for each photograph), or "folder:DIR", with one folder of images for each class below
-    DIR, or below DIR/train and DIR/test."""
+    """What to train on: "digits", "photos" or "folder:DIR".
+    Digits are handwritten, of 10 classes; photos are crops of ten colour photographs, a class each.
+    A folder has one folder of images for each class below DIR, or below DIR/train and DIR/test."""
 
     preset: Literal["small", "paper"] = "small"
     """The net: "small" for 32-pixel images, "paper" the 224-pixel net of the article."""
 
     towers: int = 2
-    """Towers that the net is cut into; 2 in the paper. Divides the features of every layer."""
+    """Towers that the net is cut into, 2 in the paper; divides the features of every layer."""
 
     mesh: Annotated[tuple[int, int] | None, tyro.conf.arg(metavar="DATA GROUP")] = None
     """Devices along the two axes of the mesh: examples are spread over DATA, towers over GROUP.
-    By default the towers get as many devices as can share them, and examples the rest; without
-    an accelerator there are two devices."""
+    By default the towers get as many devices as can share them, and the examples the rest.
+    Without an accelerator there are two devices."""
 
     epochs: int = 20
     """Passes over the training images."""
@@ -42,7 +47,7 @@ class TrainConfig:
     """Images in a step, on all devices together."""
 
     learning_rate: float = 0.02
-    """The highest learning rate: reached after the first epoch, then falling as a cosine to 0."""
+    """The highest learning rate, reached after one epoch, from where it falls as a cosine to 0."""
 
     momentum: float = 0.9
     """Decay of the momentum, which has the learning rate inside, as in the paper."""
@@ -54,15 +59,15 @@ class TrainConfig:
     """Of the initial weights, the order of the images, the crops and dropout."""
 
     implementation: str | None = None
-    """How the convolutions are computed: a name from grouped_conv_jax.implementations(), or None
-    to choose for each."""
+    """How to convolve: a name from grouped_conv_jax.implementations(), or None to choose."""
 
     run_dir: Path | None = None
-    """Folder for config.json, metrics.jsonl, checkpoints and filters.png; by default a new one
-    below runs/. With --resume the run to go on with, by default the newest one below runs/."""
+    """Folder for config.json, metrics.jsonl, checkpoints and filters.png.
+    By default a new one below runs/; with --resume the newest one below runs/."""
 
     resume: bool = False
-    """Go on from the newest checkpoint of a run that was started with the same settings."""
+    """Go on from the newest checkpoint of a run, with its settings.
+    Only --mesh and --implementation may be others."""
 
     def check(self) -> None:
         """Raises UsageError for numbers that mean nothing."""
@@ -71,6 +76,10 @@ class TrainConfig:
                 raise UsageError(f"--{_option(name)} must be at least 1, got {getattr(self, name)}")
         if self.mesh and min(self.mesh) < 1:
             raise UsageError(f"--mesh must be two numbers of at least 1, got {self.mesh}")
+        if self.mesh and math.prod(self.mesh) > MOST_DEVICES:
+            raise UsageError(f"--mesh must be at most {MOST_DEVICES} devices, got {self.mesh}")
+        if self.seed >= 2**32:
+            raise UsageError(f"--seed must be less than 2**32, got {self.seed}")
         for name in ("learning_rate", "momentum", "weight_decay", "seed"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UsageError(f"--{_option(name)} must be 0 or more, got {getattr(self, name)}")
@@ -82,30 +91,41 @@ class TrainConfig:
             preset(towers=self.towers, num_classes=num_classes), image_channels=image_channels
         )
 
-    def save(self, path: Path) -> None:
-        """Writes what a later `--resume` is compared with."""
-        path.write_text(json.dumps(self._settings(), indent=2) + "\n")
-
-    def check_same_as(self, path: Path) -> None:
-        """Raises UsageError where a resumed run would train otherwise than it began."""
-        try:
-            saved = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise UsageError(f"cannot read the settings of the run to resume: {error}") from error
-        for name, value in self._settings().items():
-            # Devices and implementations may change: the losses do not depend on them.
-            if name not in ("mesh", "implementation") and saved.get(name) != value:
-                raise UsageError(
-                    f"the run to resume was started with --{_option(name)} {saved.get(name)}, "
-                    f"not {value}"
-                )
-
-    def _settings(self) -> dict[str, Any]:
+    def save(self, path: Path, **more: Any) -> None:
+        """Writes the settings, and what else a later `--resume` is compared with."""
         settings = dataclasses.asdict(self)
         for name in ("run_dir", "resume"):
             del settings[name]
-        settings["mesh"] = self.mesh and list(self.mesh)
-        return settings
+        path.write_text(json.dumps(settings | more, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> tuple["TrainConfig", dict[str, Any]]:
+        """The settings of the run in a folder, to be gone on with, and what else was saved.
+
+        Raises:
+          UsageError: there are none.
+        """
+        try:
+            saved = json.loads((folder / "config.json").read_text())
+            names = {field.name for field in dataclasses.fields(cls)} & saved.keys()
+            settings = {name: saved.pop(name) for name in names}
+            settings["mesh"] = settings["mesh"] and tuple(settings["mesh"])
+            return cls(**settings, run_dir=folder, resume=True), saved
+        except OSError as error:
+            raise UsageError(f"nothing to resume: no run in {folder}") from error
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            raise UsageError(f"{folder / 'config.json'} is not what a run has written") from error
+
+    def check_same_as(self, saved: "TrainConfig") -> None:
+        """Raises UsageError where a resumed run would train otherwise than it began."""
+        for field in dataclasses.fields(self):
+            before, now = getattr(saved, field.name), getattr(self, field.name)
+            # Devices and implementations may change: the losses do not depend on them.
+            if field.name not in ("mesh", "implementation") and before != now:
+                raise UsageError(
+                    f"the run to resume was started with --{_option(field.name)} {before}, "
+                    f"not {now}"
+                )
 
 
 def _option(name: str) -> str:

@@ -70,7 +70,7 @@ def load(name: str, image_size: int, seed: int) -> Dataset:
         return digits(size, seed)
     if name == "photos":
         return photos(size, seed)
-    if name.startswith("folder:"):
+    if name.startswith("folder:") and name != "folder:":
         return folder(Path(name.removeprefix("folder:")), size, seed)
     raise UsageError(f'--data must be "digits", "photos" or "folder:DIR", got "{name}"')
 
@@ -199,7 +199,7 @@ def _read(file: Path, size: int) -> np.ndarray:
             scale = size / min(image.size)
             width, height = (max(size, round(edge * scale)) for edge in image.size)
             pixels = np.asarray(image.convert("RGB").resize((width, height)))
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise UsageError(f"cannot read the image {file}: {error}") from error
     top, left = (height - size) // 2, (width - size) // 2
     return pixels[top : top + size, left : left + size]

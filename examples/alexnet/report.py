@@ -32,7 +32,7 @@ def show_placement(console: Console, mesh: jax.sharding.Mesh, towers: int, param
         title=f"Mesh: {DATA} {mesh.shape[DATA]} x {GROUP} {mesh.shape[GROUP]}",
         caption=f"One device alone would hold {whole:,} bytes of parameters.",
     )
-    for heading in ("device", "towers", f"examples ({DATA})", "parameters", "of one device's"):
+    for heading in ("device", "towers", f"examples ({DATA})", "parameters", "share of the net"):
         table.add_column(heading, justify="left" if heading in ("device", "towers") else "right")
     for (data, group), device in np.ndenumerate(mesh.devices):
         own = range(group * towers_each + 1, (group + 1) * towers_each + 1)

@@ -237,8 +237,14 @@ class AlexNet(nnx.Module):
 
         Returns:
           (N, num_classes), the same on all devices of `axis_name`.
+
+        Raises:
+          ValueError: the images have another shape.
         """
         config = self.config
+        size, channels = config.image_size, config.image_channels
+        if images.ndim != 4 or images.shape[1:] != (size, size, channels):
+            raise ValueError(f"images must be (N, {size}, {size}, {channels}), got {images.shape}")
         x = images
         for conv, layer in zip(config.convolutions, self.convolutions, strict=True):
             if conv.inputs == "all":
