@@ -21,6 +21,7 @@ import chex
 import jax
 import optax
 import tyro
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -38,7 +39,7 @@ from alexnet.training import (
 )
 from grouped_conv_jax.algorithms import check_name
 from grouped_conv_jax.models import AlexNetConfig
-from grouped_conv_jax.towers import DATA, make_mesh
+from grouped_conv_jax.towers import DATA, GROUP, make_mesh
 
 RUNS = Path("runs")
 
@@ -97,28 +98,7 @@ def set_up(config: TrainConfig) -> Run:
     Raises:
       UsageError: an option or a folder is wrong.
     """
-    with user_errors():
-        check_name(config.implementation)
-    data_devices, group_devices = choose_mesh(config)
-    with user_errors():
-        mesh = make_mesh(data_devices, group_devices)
-    image_size = config.net(num_classes=2, image_channels=3).image_size
-    dataset = data.load(config.data, image_size, config.seed)
-    net = config.net(len(dataset.classes), dataset.channels)
-    with user_errors():
-        net.check()
-    if config.towers % group_devices:
-        raise UsageError(f"{config.towers} towers cannot be shared by {group_devices} devices")
-    if config.batch_size % mesh.shape[DATA]:
-        raise UsageError(
-            f"a batch of {config.batch_size} images does not divide over {mesh.shape[DATA]} devices"
-        )
-    if config.batch_size > len(dataset.train):
-        raise UsageError(
-            f"a batch of {config.batch_size} is more than the {len(dataset.train)} training "
-            "images; take a smaller --batch-size"
-        )
-
+    mesh, dataset, net = load(config)
     steps = len(dataset.train) // config.batch_size
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, min(steps, config.epochs * steps // 2), config.epochs * steps
@@ -154,6 +134,30 @@ def set_up(config: TrainConfig) -> Run:
     return Run(config, folder, dataset, net, trainer, state, checkpoints)
 
 
+def load(config: TrainConfig) -> tuple[Mesh, data.Dataset, AlexNetConfig]:
+    """The devices, the images and the net, and whether they go together."""
+    with user_errors():
+        check_name(config.implementation)
+        mesh = make_mesh(*(config.mesh or default_mesh(config.towers)))
+    if config.towers % mesh.shape[GROUP]:
+        raise UsageError(f"{config.towers} towers cannot be shared by {mesh.shape[GROUP]} devices")
+    if config.batch_size % mesh.shape[DATA]:
+        raise UsageError(
+            f"a batch of {config.batch_size} images does not divide over {mesh.shape[DATA]} devices"
+        )
+    image_size = config.net(num_classes=2, image_channels=3).image_size
+    dataset = data.load(config.data, image_size, config.seed)
+    net = config.net(len(dataset.classes), dataset.channels)
+    with user_errors():
+        net.check()
+    if config.batch_size > len(dataset.train):
+        raise UsageError(
+            f"a batch of {config.batch_size} is more than the {len(dataset.train)} training "
+            "images; take a smaller --batch-size"
+        )
+    return mesh, dataset, net
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
     """What the library refuses here, the user has asked for."""
@@ -163,12 +167,10 @@ def user_errors() -> Iterator[None]:
         raise UsageError(str(error)) from error
 
 
-def choose_mesh(config: TrainConfig) -> tuple[int, int]:
+def default_mesh(towers: int) -> tuple[int, int]:
     """Devices for examples and for towers: as many for towers as can share them."""
-    if config.mesh:
-        return config.mesh
     devices = len(jax.devices())
-    group = max(n for n in range(1, devices + 1) if config.towers % n == 0)
+    group = max(n for n in range(1, devices + 1) if towers % n == 0)
     return devices // group, group
 
 
