@@ -115,8 +115,8 @@ def _plainly_padded(
 ) -> tuple[jax.Array, list[tuple[int, int]], list[int]]:
     """What is left of padding and dilation when those are done that a convolution does not take.
 
-    - Negative padding, as a slice before the dilation. XLA:CPU before jax 0.11 reads out of bounds
-      where padding is negative before and positive after.
+    - Negative padding, as a slice before the dilation. XLA:CPU of jax 0.10 reads out of bounds
+      where padding is negative before and positive after (0.12 does not).
     - What has a symbolic size, as a pad: lax's convolution takes symbolic pads as a string only.
     """
     left, steps = [], []
