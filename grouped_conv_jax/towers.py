@@ -6,6 +6,7 @@ the net that one device holds, to be called inside `jax.shard_map`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -81,7 +82,7 @@ class TowerNet:
 
         return jax.jit(whole, out_shardings=self.shardings)(key)
 
-    @property
+    @functools.cached_property
     def specs(self) -> Any:
         """The PartitionSpec of each parameter, from the metadata of the net."""
         net = nnx.eval_shape(lambda: self.build(None, nnx.Rngs(0)))
