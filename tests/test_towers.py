@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from test_alexnet import TINY
 
+from grouped_conv_jax.collectives import collectives
 from grouped_conv_jax.models import AlexNet
 from grouped_conv_jax.towers import DATA, GROUP, TowerNet, make_mesh
 
@@ -99,41 +99,28 @@ def test_a_device_holds_the_kernels_of_its_towers_only(data, group, towers):
             assert shard.data.shape == (*leaf.shape[:-1], width)
 
 
-def collectives(net: TowerNet) -> list[tuple[str, str]]:
-    """The collectives of the compiled net, and between which devices: "towers" of one replica."""
+def collectives_of(net: TowerNet) -> list[tuple[str, tuple[str, ...]]]:
+    """Kinds and mesh axes of the collectives of the compiled net."""
     abstract = jax.eval_shape(net.init, jax.random.key(0))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(7), len(IMAGES)))
     program = jax.jit(per_device(net, dropout=True))
-    text = str(program.lower(abstract, jnp.asarray(IMAGES), keys).compile().as_text())
-    names = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
-    # Newer versions of XLA name the axis of the mesh, older ones list the devices.
-    groups = r"\{\{.*?\}\}|mesh\[.*?\] \{.*?\}"
-    found = re.findall(rf" ({names})(?:-start)?\(.*?replica_groups=({groups})", text)
-    assert len(found) == len(re.findall(rf" (?:{names})(?:-start)?\(", text))
-    data, group = net.mesh.shape[DATA], net.mesh.shape[GROUP]
-    listed = ",".join(f"{{{','.join(str(d.id) for d in row)}}}" for row in net.mesh.devices)
-    towers = (f"{{{listed}}}", f"mesh['data'={data},'group'={group}] {{'group'}}")
-    # Alone on an axis of size 1, a device has nobody to talk to.
-    return sorted(
-        (name, "towers" if devices in towers else devices)
-        for name, devices in found
-        if not (group == 1 and devices in towers)
-    )
+    compiled = program.lower(abstract, jnp.asarray(IMAGES), keys).compile()
+    return sorted((c.kind, c.axes) for c in collectives(compiled, net.mesh))
 
 
 @pytest.mark.parametrize("data", [1, 2])
 def test_the_towers_talk_in_four_places_within_a_replica_and_nowhere_else(data):
     # conv3 and two hidden layers take all towers' features; the logits are a sum.
-    assert collectives(tower_net(data, 2, 2)) == [
-        ("all-gather", "towers"),
-        ("all-gather", "towers"),
-        ("all-gather", "towers"),
-        ("all-reduce", "towers"),
+    assert collectives_of(tower_net(data, 2, 2)) == [
+        ("all-gather", (GROUP,)),
+        ("all-gather", (GROUP,)),
+        ("all-gather", (GROUP,)),
+        ("all-reduce", (GROUP,)),
     ]
 
 
 def test_examples_do_not_talk_in_the_forward_pass():
-    assert collectives(tower_net(4, 1, 2)) == []
+    assert collectives_of(tower_net(4, 1, 2)) == []
 
 
 def test_mesh_of_the_first_devices():
