@@ -23,7 +23,7 @@ _KINDS = (
 # "%name = type kind(operands), attributes". An asynchronous pair is known by its start; one that
 # calls a computation has the collective in there, which is found by itself.
 _INSTRUCTION = re.compile(
-    rf'^ *(?:ROOT )?%?[\w.\-]+ = (?P<type>[^"]*?) (?P<kind>{_KINDS})(?P<start>-start)?\('
+    rf'^ *(?:ROOT )?%?[\w.\-]+ = (?P<type>[^"\n]*?) (?P<kind>{_KINDS})(?P<start>-start)?\('
     r"(?P<attributes>.*)$",
     re.MULTILINE,
 )

@@ -127,8 +127,8 @@ def test_a_program_of_more_devices_than_the_mesh_is_refused():
 
 
 def printed(instruction, header="num_partitions=8"):
-    text = f"HloModule jit_f, {header}\n\nENTRY %main () -> f32[2] {{\n  {instruction}\n}}\n"
-    return types.SimpleNamespace(as_text=lambda: text)
+    entry = f"ENTRY %main () -> f32[2] {{\n  %x = f32[9]{{0}} parameter(0)\n  {instruction}\n}}\n"
+    return types.SimpleNamespace(as_text=lambda: f"HloModule jit_f, {header}\n\n{entry}")
 
 
 @pytest.mark.parametrize(
