@@ -25,14 +25,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from grouped_conv_jax import selection
 from grouped_conv_jax.algorithms import TABLE
 from grouped_conv_jax.explicit import has_explicit_axes, untyped
-from grouped_conv_jax.spec import Contraction, ConvSpec, Factor, Role
+from grouped_conv_jax.partition import partitioned, requires_devices
+from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec, Factor, Role
 
-OPERANDS: dict[Contraction, tuple[Role, Role]] = {
-    "fprop": ("lhs", "rhs"),
-    "dgrad": ("out", "rhs"),
-    "wgrad": ("lhs", "out"),
-}
-RESULT: dict[Contraction, Role] = {"fprop": "out", "dgrad": "lhs", "wgrad": "rhs"}
 COMPUTES: dict[Role, Contraction] = {role: contraction for contraction, role in RESULT.items()}
 
 grouped_conv_p = Primitive("grouped_conv")
@@ -160,19 +155,32 @@ def _batching_rule(axis_data, operands, axes, *, contraction, spec, implementati
 batching.fancy_primitive_batchers[grouped_conv_p] = _batching_rule
 
 
-# Lowering: the choice of the implementation is made here, per platform.
+# Lowering: the choice of the implementation is made here, per platform, and where there are several
+# devices for XLA to spread the work over, on the shapes that one of them gets.
 
 
 def _lowering_rule(platform: str):
     def rule(ctx, *operands, contraction, spec, implementation, out_sharding):
         def compute(first, second):
             result = RESULT[contraction]
-            if any(n == 0 for n in (*first.shape, *second.shape, *spec.shape(result))):
+            if spec.is_empty:
                 return jnp.zeros(spec.shape(result), spec.role_dtype(result))
             name = selection.resolve(implementation, contraction, spec, platform)
             with jax.named_scope(f"grouped_conv.{contraction}.{name}"):
                 return getattr(TABLE[name], contraction)(first, second, spec)
 
+        def on_one_device(first, second, spec):
+            return contract(
+                first,
+                second,
+                contraction=contraction,
+                spec=spec,
+                implementation=implementation,
+                out_sharding=None,
+            )
+
+        if _is_for_several_devices(ctx.module_context) and not spec.is_empty:
+            compute = partitioned(compute, on_one_device, contraction, spec)
         # The type of the result is settled; how it is computed need not be typed as well.
         compute = untyped(compute, ctx.avals_out[0].sharding)
         return mlir.lower_fun(compute, multiple_results=False)(ctx, *operands)
@@ -180,6 +188,17 @@ def _lowering_rule(platform: str):
     return rule
 
 
+def _is_for_several_devices(context: mlir.ModuleContext) -> bool:
+    """Whether XLA is to partition the program: not inside `shard_map`, where the shapes are those
+    of one device already, and not for `jax.export`, which has no place for a Python callback.
+    """
+    if context.lowering_parameters.for_export:
+        return False
+    devices = getattr(context.axis_context, "device_assignment", None)
+    return devices is not None and len(devices) > 1
+
+
+requires_devices(grouped_conv_p)
 for _platform in ("cpu", "cuda", "rocm", "tpu"):
     mlir.register_lowering(grouped_conv_p, _lowering_rule(_platform), platform=_platform)
 mlir.register_lowering(grouped_conv_p, _lowering_rule("another platform"))

@@ -25,6 +25,13 @@ Factor = Literal["N", "G", "C", "O"]
 Contraction = Literal["fprop", "dgrad", "wgrad"]
 """What is computed from the other two: the output, the input's gradient, the kernel's."""
 
+OPERANDS: dict[Contraction, tuple[Role, Role]] = {
+    "fprop": ("lhs", "rhs"),
+    "dgrad": ("out", "rhs"),
+    "wgrad": ("lhs", "out"),
+}
+RESULT: dict[Contraction, Role] = {"fprop": "out", "dgrad": "lhs", "wgrad": "rhs"}
+
 _PLACES: dict[tuple[Role, Factor], tuple[int, bool]] = {
     ("lhs", "N"): (0, False),
     ("lhs", "G"): (1, False),
@@ -75,6 +82,16 @@ class ConvSpec:
     def spatial_dimensions(self, role: Role) -> tuple[int, ...]:
         return self.layout(role)[2:]
 
+    def dimension(self, role: Role, factor: Factor | int) -> int | None:
+        """Where a factor, or the spatial dimension of a number, lives: None if nowhere. The taps
+        of the kernel are no part of a spatial dimension.
+        """
+        if isinstance(factor, int):
+            return None if role == "rhs" else self.spatial_dimensions(role)[factor]
+        if (role, factor) not in _PLACES:
+            return None
+        return self.place(role, factor)[0]
+
     # How large they are.
 
     @functools.cached_property
@@ -108,6 +125,11 @@ class ConvSpec:
         return tuple(
             0 if n == 0 else 1 + d * (n - 1) for n, d in zip(sizes, step[role], strict=True)
         )
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether an array has no elements, so that there is nothing to compute."""
+        return 0 in (*self.lhs_shape, *self.rhs_shape, *self.out_shape)
 
     @property
     def multiply_adds(self) -> int:

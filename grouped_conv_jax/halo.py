@@ -1,0 +1,98 @@
+"""Rows that a device needs of its neighbours, where a spatial dimension of the input is sharded.
+
+An output row y, a tap k and an input row x meet where y s + k d = x e + low, with the strides s,
+the dilations d of the kernel and e of the input, and the low padding. The device at place q has
+the block q of the input and the block q of the output; its output needs input rows from
+q step + first on, `rows` of them, of which its neighbours send it those that it lacks (the halo).
+"""
+
+import dataclasses
+import math
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from grouped_conv_jax.spec import ConvSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Halo:
+    """What one device of `devices` reads along one spatial dimension."""
+
+    devices: int
+    block: int
+    """Input rows on a device, the last ones perhaps beyond the end."""
+    step: int
+    first: int
+    rows: int
+    out_block: int
+    padding: tuple[int, int]
+    """Of the convolution of `rows` input rows that gives `out_block` output rows."""
+
+    @classmethod
+    def of(cls, spec: ConvSpec, spatial: int, devices: int) -> Self | None:
+        """None where the devices would need programs of their own: more devices than rows, an
+        input dilation out of step with the blocks, or a block of outputs that reads padding only.
+        """
+        x, y = (spec.spatial_shape(role)[spatial] for role in ("lhs", "out"))
+        if min(x, y) < devices:
+            return None
+        s, e = spec.window_strides[spatial], spec.lhs_dilation[spatial]
+        low, kernel = spec.padding[spatial][0], spec.extent("rhs")[spatial]
+        out_block = math.ceil(y / devices)
+        if out_block * s % e:
+            return None
+        reach = (out_block - 1) * s + kernel
+        first = math.ceil(-low / e)
+        rows = (reach - 1 - low) // e - first + 1
+        if rows < 1:
+            return None
+        before = first * e + low
+        after = reach - before - (1 + (rows - 1) * e)
+        return cls(
+            devices=devices,
+            block=math.ceil(x / devices),
+            step=out_block * s // e,
+            first=first,
+            rows=rows,
+            out_block=out_block,
+            padding=(before, after),
+        )
+
+    @property
+    def before(self) -> int:
+        """Rows from the devices before: the most that any device needs."""
+        return max(0, -self.first, -self.first + (self.devices - 1) * (self.block - self.step))
+
+    @property
+    def after(self) -> int:
+        """Rows from the devices after."""
+        need = self.first + self.rows - self.block
+        return max(0, need, need - (self.devices - 1) * (self.block - self.step))
+
+    def exchange(self, x: jax.Array, dimension: int, axes: tuple[str, ...]) -> jax.Array:
+        """From a device's block of rows to those that it needs; zeros beyond both ends."""
+        parts = [*self._received(x, dimension, axes, self.before, back=True), x]
+        parts += self._received(x, dimension, axes, self.after, back=False)
+        x = jnp.concatenate(parts, axis=dimension)
+        place = lax.axis_index(axes) if self.block != self.step else 0
+        start = self.before + self.first - place * (self.block - self.step)
+        return lax.dynamic_slice_in_dim(x, start, self.rows, axis=dimension)
+
+    def _received(
+        self, x: jax.Array, dimension: int, axes: tuple[str, ...], count: int, back: bool
+    ) -> list[jax.Array]:
+        """`count` rows before (or after) the block, from as many neighbours as have them."""
+        received = []
+        for hop in range(1, math.ceil(count / self.block) + 1):
+            size = min(self.block, count - (hop - 1) * self.block)
+            start = self.block - size if back else 0
+            sent = lax.slice_in_dim(x, start, start + size, axis=dimension)
+            shift = hop if back else -hop
+            pairs = [
+                (i, i + shift) for i in range(self.devices) if 0 <= i + shift < self.devices
+            ]
+            received.append(lax.ppermute(sent, axes, pairs))
+        return received[::-1] if back else received

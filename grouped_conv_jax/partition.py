@@ -1,0 +1,387 @@
+"""How a contraction is split over the devices of a mesh, where nothing but shardings say so.
+
+Under plain `jit` XLA's partitioner asks here: it brings the shardings that it found for the two
+operands and the result, and gets back those to bring them into, and what each device computes on
+its part. A mesh axis splits one factor of the contraction: the batch N, the groups G, the outputs
+O or the inputs C of a group, or a spatial dimension. If the factor is in all three arrays, or in
+both operands or one of them and the result, the work is local; if it is summed over, there is one
+all-reduce of the result, or a reduce-scatter if that is to be sharded over the same axis; a
+spatial factor has a halo exchange. This module knows nothing of differentiation.
+
+Axes of the mesh are cut into axes of prime size, so that one of 8 devices can go to 4 groups and
+to 2 parts of each. (Shardy does likewise; what it finds cannot always be said with whole axes.)
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax._src import dispatch  # For the one name that `requires_devices` needs.
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend.core import Primitive
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
+
+from grouped_conv_jax.halo import Halo
+from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec, Factor, Role
+
+Split = Factor | int
+"""What a mesh axis can split: a factor by its letter, or a spatial dimension by its number."""
+
+Axes = tuple[str, ...]
+Dimensions = tuple[Axes, ...]
+"""The mesh axes that shard each dimension of an array, the major one first."""
+
+MULTIPLY_ADDS_PER_BYTE = 200
+"""What a device computes while a byte is sent: to weigh work done twice against communication."""
+
+
+def requires_devices(primitive: Primitive) -> None:
+    """Makes jit tell the lowering of a primitive which devices it is for, as
+    `custom_partitioning` must know (jax's changelog, 0.4.24).
+    """
+    dispatch.prim_requires_devices_during_lowering.add(primitive)
+
+
+def partitioned(
+    whole: Callable[[jax.Array, jax.Array], jax.Array],
+    local: Callable[[jax.Array, jax.Array, ConvSpec], jax.Array],
+    contraction: Contraction,
+    spec: ConvSpec,
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """`whole`, a contraction, as XLA is to partition it.
+
+    Args:
+      whole: the contraction on one device.
+      local: the same contraction of another spec, on the parts that a device has.
+      contraction: which one.
+      spec: of the whole.
+    """
+
+    def partition(mesh: Mesh, operands: Any, result: Any) -> Any:
+        refined = _refined(mesh, result.sharding, len(result.shape))
+        names = (*OPERANDS[contraction], RESULT[contraction])
+        given: dict[Role, Dimensions] = {
+            role: _decode(x.sharding, len(x.shape), refined)
+            for role, x in zip(names, (*operands, result), strict=True)
+        }
+        plan = choose(contraction, spec, given, refined.shape)
+        shardings = [NamedSharding(refined, PartitionSpec(*plan.sharded(r))) for r in names]
+        return refined, functools.partial(plan.compute, local), shardings[2], tuple(shardings[:2])
+
+    function = custom_partitioning(whole)
+    rule, sizes = sharding_rule(contraction, spec)
+    function.def_partition(partition, sharding_rule=rule, decode_shardings=False, **sizes)
+    return function
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which mesh axes split which factor, and over which axes the result is scattered.
+
+    Attributes:
+      contraction: which one.
+      spec: of the whole.
+      sizes: of the mesh axes.
+      split: the axes of each factor, the major one first.
+      scattered: for dimensions of the result, the axes over which a sum is scattered there.
+    """
+
+    contraction: Contraction
+    spec: ConvSpec
+    sizes: Mapping[str, int]
+    split: Mapping[Split, Axes]
+    scattered: Mapping[int, Axes] = dataclasses.field(default_factory=dict)
+
+    def sharded(self, role: Role) -> Dimensions:
+        """The axes of each dimension of an array, as the partitioned program takes or gives it."""
+        dimensions = [()] * len(self.spec.shape(role))
+        for factor, axes in self.split.items():
+            at = self.spec.dimension(role, factor)
+            if at is not None:
+                # The groups are put in first, and are the outer factor.
+                dimensions[at] += axes
+        if role == RESULT[self.contraction]:
+            for at, axes in self.scattered.items():
+                dimensions[at] += axes
+        return tuple(dimensions)
+
+    def parts(self, *factors: Split) -> int:
+        return math.prod(self.sizes[a] for f in factors for a in self.split.get(f, ()))
+
+    @functools.cached_property
+    def halos(self) -> dict[int, Halo]:
+        """Of the spatial dimensions that are split."""
+        spatial = [f for f in self.split if isinstance(f, int) and self.split[f]]
+        halos = {i: Halo.of(self.spec, i, self.parts(i)) for i in spatial}
+        return {i: halo for i, halo in halos.items() if halo is not None}
+
+    @property
+    def local_spec(self) -> ConvSpec:
+        """Of the convolution that one device does, halos included."""
+        spec, padding = self.spec, list(self.spec.padding)
+        lhs, rhs = list(spec.lhs_shape), list(spec.rhs_shape)
+        batch, features = spec.layout("lhs")[:2]
+        outputs, inputs = spec.layout("rhs")[:2]
+        lhs[batch] = math.ceil(lhs[batch] / self.parts("N"))
+        lhs[features] //= self.parts("G", "C")
+        rhs[outputs] //= self.parts("G", "O")
+        rhs[inputs] //= self.parts("C")
+        for i, halo in self.halos.items():
+            lhs[spec.spatial_dimensions("lhs")[i]] = halo.rows
+            padding[i] = halo.padding
+        return dataclasses.replace(
+            spec,
+            lhs_shape=tuple(lhs),
+            rhs_shape=tuple(rhs),
+            padding=tuple(padding),
+            feature_group_count=spec.feature_group_count // self.parts("G"),
+        )
+
+    def compute(self, local: Callable, first: jax.Array, second: jax.Array) -> jax.Array:
+        """What one device computes, from its parts of the operands to its part of the result."""
+        # An Explicit mesh of the caller's means nothing here.
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+            return self._compute(local, first, second)
+
+    def _compute(self, local: Callable, first: jax.Array, second: jax.Array) -> jax.Array:
+        values = [
+            self._without_garbage(role, x)
+            for role, x in zip(OPERANDS[self.contraction], (first, second), strict=True)
+        ]
+        if self.contraction != "dgrad":
+            values = [self._exchanged(x) if i == 0 else x for i, x in enumerate(values)]
+        out = local(*values, self.local_spec)
+        if self.contraction == "dgrad":
+            block = jax.ShapeDtypeStruct(self._block_shape(), out.dtype)
+            (out,) = jax.linear_transpose(self._exchanged, block)(out)
+        summed = [a for factor, axes in self.split.items() if self.sums(factor) for a in axes]
+        for at, axes in self.scattered.items():
+            out = lax.psum_scatter(out, axes, scatter_dimension=at, tiled=True)
+            summed = [a for a in summed if a not in axes]
+        return lax.psum(out, tuple(summed)) if summed else out
+
+    def _exchanged(self, lhs: jax.Array) -> jax.Array:
+        for i, halo in self.halos.items():
+            lhs = halo.exchange(lhs, self.spec.spatial_dimensions("lhs")[i], self.split[i])
+        return lhs
+
+    def _block_shape(self) -> tuple[int, ...]:
+        """Of the input on one device, without the halo."""
+        shape = list(self.local_spec.lhs_shape)
+        for i, halo in self.halos.items():
+            shape[self.spec.spatial_dimensions("lhs")[i]] = halo.block
+        return tuple(shape)
+
+    def _without_garbage(self, role: Role, x: jax.Array) -> jax.Array:
+        """Zeros for what is undefined, where it would get into a sum: the elements past the end
+        of the whole array, on the last devices, of a batch or of rows that do not divide.
+        """
+        for factor, axes in self.split.items():
+            at = self.spec.dimension(role, factor)
+            if at is None or not (factor == "N" and self.sums("N") or isinstance(factor, int)):
+                continue
+            size = self.spec.shape(role)[at]
+            if x.shape[at] * self.parts(factor) > size:
+                positions = lax.broadcasted_iota(np.int32, x.shape, at)
+                positions += lax.axis_index(axes) * x.shape[at]
+                x = jnp.where(positions < size, x, jnp.zeros_like(x))
+        return x
+
+    def sums(self, factor: Split) -> bool:
+        return self.spec.dimension(RESULT[self.contraction], factor) is None
+
+    # Which splits there can be, and what they cost.
+
+    def along(self, axis: str) -> Iterator["Plan"]:
+        """The plans in which one more axis splits something; last this one, in which every
+        device on that axis does the same.
+        """
+        for factor in ("G", "N", *range(len(self.spec.window_strides)), "O", "C"):
+            split = {**self.split, factor: (*self.split.get(factor, ()), axis)}
+            plan = dataclasses.replace(self, split=split)
+            if plan._is_possible(factor):
+                yield plan
+        yield self
+
+    def _is_possible(self, factor: Split) -> bool:
+        spec, groups = self.spec, self.spec.feature_group_count
+        if isinstance(factor, int):
+            return Halo.of(spec, factor, self.parts(factor)) is not None
+        if factor == "N":
+            return spec.lhs_shape[spec.layout("lhs")[0]] >= self.parts("N")
+        if factor == "G":
+            return groups % self.parts("G") == 0
+        # A part of the features is a part of a group only where a device has one group.
+        outputs, inputs = (spec.rhs_shape[d] for d in spec.layout("rhs")[:2])
+        size = inputs if factor == "C" else outputs // groups
+        return groups == self.parts("G") and size % self.parts(factor) == 0
+
+    def cost(self, axis: str, given: Mapping[Role, Dimensions]) -> tuple[bool, float]:
+        """Whether an operand has to be moved between the devices of an axis before anything is
+        computed, and how many bytes one of them sends in all.
+
+        An array that is whole on each of them is cut for nothing; one that is cut is gathered, or
+        cut otherwise in an all-to-all. A sum is reduced, and gathered or left scattered.
+        """
+        cost, moved = 0.0, False
+        for role in OPERANDS[self.contraction]:
+            has, needs = (_place(axis, x) for x in (given[role], self.sharded(role)))
+            if has is not None and has != needs:
+                moved = True
+                cost += self._nbytes(role)
+        result = RESULT[self.contraction]
+        wanted, gets = (_place(axis, x) for x in (given[result], self.sharded(result)))
+        split = next((f for f, axes in self.split.items() if axis in axes), None)
+        if split is None:
+            work = self.spec.multiply_adds / math.prod(map(self.parts, self.split))
+            cost += work / MULTIPLY_ADDS_PER_BYTE
+        elif self.sums(split):
+            cost += self._nbytes(result) * (1 if wanted else 2)
+        elif wanted != gets:
+            cost += self._nbytes(result) * (1 if wanted else self.sizes[axis])
+        if isinstance(split, int):
+            halo = self.halos[split]
+            cost += self._nbytes("lhs") * (halo.before + halo.after) / halo.block
+        return moved, cost
+
+    def _nbytes(self, role: Role) -> float:
+        """Of an array's part on one device."""
+        parts = math.prod(self.sizes[a] for axes in self.sharded(role) for a in axes)
+        size = math.prod(self.spec.shape(role)) * self.spec.role_dtype(role).itemsize
+        return size / parts
+
+    def with_scattered_sums(self, wanted: Dimensions) -> "Plan":
+        """Leaves a sum scattered over the axes by which the result is to be sharded anyway."""
+        result = RESULT[self.contraction]
+        scattered: dict[int, Axes] = {}
+        for at, (axes, wants) in enumerate(zip(self.sharded(result), wanted, strict=True)):
+            if wants[: len(axes)] != axes:
+                continue
+            more = itertools.takewhile(self._sums_over, wants[len(axes) :])
+            parts = math.prod(self.sizes[a] for a in axes)
+            fitting: Axes = ()
+            for axis in more:
+                parts *= self.sizes[axis]
+                if self.spec.shape(result)[at] % parts:
+                    break
+                fitting += (axis,)
+            if fitting:
+                scattered[at] = fitting
+        return dataclasses.replace(self, scattered=scattered)
+
+    def _sums_over(self, axis: str) -> bool:
+        return any(axis in axes and self.sums(factor) for factor, axes in self.split.items())
+
+
+def choose(
+    contraction: Contraction,
+    spec: ConvSpec,
+    given: Mapping[Role, Dimensions],
+    sizes: Mapping[str, int],
+) -> Plan:
+    """The plan for operands that are sharded, and a result that is wanted, as `given`.
+
+    One mesh axis after the other, the major ones first, takes what leaves the operands where they
+    are, and of that, or else of all, what costs the fewest bytes.
+    """
+    plan = Plan(contraction, spec, sizes, {})
+    for axis in _used(given.values(), sizes):
+        plan = min(plan.along(axis), key=lambda p: p.cost(axis, given))
+    return plan.with_scattered_sums(given[RESULT[contraction]])
+
+
+def sharding_rule(contraction: Contraction, spec: ConvSpec) -> tuple[str, dict[str, int]]:
+    """How Shardy is to propagate shardings: `n h (g c), i c (g o) -> n h (g o)` and the like.
+
+    A factor of size 1 may not stand beside another one; and those that never stand alone must
+    have their sizes given, the others must not.
+    """
+    outputs, inputs = (spec.rhs_shape[d] for d in spec.layout("rhs")[:2])
+    groups = spec.feature_group_count
+    sizes = {"g": groups, "c": inputs, "o": outputs // groups}
+    features = {
+        "lhs": ["n", "gc"],
+        "rhs": ["go", "c"],
+        "out": ["n", "go"],
+    }
+    alone = set()
+
+    def value(role: Role) -> str:
+        dimensions = [""] * len(spec.shape(role))
+        spatial = spec.spatial_dimensions(role)
+        for i, d in enumerate(spatial):
+            dimensions[d] = f"{'k' if role == 'rhs' else 'x'}{i}"
+        for letters, d in zip(features[role], spec.layout(role), strict=False):
+            factors = [f for f in letters if sizes.get(f) != 1]
+            if len(factors) < 2:
+                alone.update(factors)
+                dimensions[d] = factors[0] if factors else f"{role}{d}"
+            else:
+                dimensions[d] = f"({' '.join(factors)})"
+        return " ".join(dimensions)
+
+    first, second = map(value, OPERANDS[contraction])
+    rule = f"{first}, {second} -> {value(RESULT[contraction])}"
+    return rule, {f: n for f, n in sizes.items() if n != 1 and f not in alone}
+
+
+def _used(arrays: Iterable[Dimensions], sizes: Mapping[str, int]) -> list[str]:
+    """The axes that shard anything: those first that are major where they do."""
+    ranks = {
+        axis: [axes.index(axis) for array in arrays for axes in array if axis in axes]
+        for axis in sizes
+    }
+    return sorted((axis for axis in sizes if ranks[axis]), key=lambda axis: min(ranks[axis]))
+
+
+def _place(axis: str, dimensions: Dimensions) -> tuple[int, Axes] | None:
+    """Which dimension an axis shards, and the axes that are outside it there."""
+    for at, axes in enumerate(dimensions):
+        if axis in axes:
+            return at, axes[: axes.index(axis)]
+    return None
+
+
+# Shardings as XLA gives them, in terms of the mesh.
+
+
+def _refined(mesh: Mesh, sharding: Sharding, rank: int) -> Mesh:
+    """The devices of a sharding with mesh axes of prime size, in the order of the mesh's."""
+    count = len(sharding.device_set)
+    devices = list(sharding.devices_indices_map((count,) * rank))
+    # XLA may not say which mesh it was: then the devices are all on one axis.
+    axes = dict(mesh.shape) if mesh.size == count else {"devices": count}
+    sizes = {
+        f"{name}:{i}": size for name, n in axes.items() for i, size in enumerate(_prime_factors(n))
+    }
+    return Mesh(np.array(devices).reshape(list(sizes.values())), tuple(sizes))
+
+
+def _prime_factors(n: int) -> list[int]:
+    factors = []
+    for p in range(2, n + 1):
+        while n % p == 0:
+            factors.append(p)
+            n //= p
+    return factors
+
+
+def _decode(sharding: Sharding, rank: int, mesh: Mesh) -> Dimensions:
+    """The axes that shard each dimension of an array."""
+    count = mesh.size
+    indices = sharding.devices_indices_map((count,) * rank)
+    starts = [[part.start or 0 for part in indices[device]] for device in mesh.devices.flat]
+    places = np.reshape(starts, (*mesh.devices.shape, rank))
+    strides: list[dict[str, int]] = [{} for _ in range(rank)]
+    for i, axis in enumerate(mesh.axis_names):
+        moves = np.take(places, 1, axis=i).flat[:rank] - places.flat[:rank]
+        for at in np.flatnonzero(moves):
+            strides[at][axis] = abs(moves[at])
+    return tuple(tuple(sorted(by_axis, key=by_axis.get, reverse=True)) for by_axis in strides)
