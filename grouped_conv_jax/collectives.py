@@ -51,9 +51,10 @@ class Collective:
         combined several arrays into one collective, of all of them.
       axes: of the mesh, those along which the devices that exchange with each other differ, in
         the order of the mesh. They may exchange with a part of such an axis only: see `devices`.
-      op_name: where in the traced function it comes from, such as "jit(f)/shard_map/psum". A
-        combined collective has the name of one of its parts.
+      op_name: where in the traced function it comes from, such as "jit(f)/shard_map/psum".
       devices: how many exchange with each other; 2 for a "collective-permute".
+      parts: (op_name, nbytes) of each of the arrays that XLA has combined into the collective, or
+        of the collective itself where it is of one, or where their names are not known.
     """
 
     kind: str
@@ -61,6 +62,7 @@ class Collective:
     axes: tuple[str, ...]
     op_name: str
     devices: int
+    parts: tuple[tuple[str, int], ...]
 
 
 def collectives(compiled: Any, mesh: Mesh | AbstractMesh) -> list[Collective]:
@@ -110,13 +112,18 @@ def _collectives(text: str, mesh: Mesh | AbstractMesh) -> Iterator[Collective]:
         groups = [group for group in groups if len(set(group)) > 1]
         if groups:
             devices = max(map(len, groups))
-            name = re.search(r'op_name="((?:[^"\\]|\\.)*)"', attributes)
+            sizes = _sizes(match["type"], kind, bool(match["start"]), devices)
+            found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', attributes)
+            name = found[1] if found else ""
+            names = _combined_names(name)
+            parts = zip(names, sizes, strict=True) if len(names) == len(sizes) else ()
             yield Collective(
                 kind,
-                _nbytes(match["type"], kind, bool(match["start"]), devices),
+                sum(sizes),
                 _axes(groups, mesh),
-                name[1] if name else "",
+                name,
                 devices,
+                tuple(parts) or ((name, sum(sizes)),),
             )
 
 
@@ -224,26 +231,36 @@ def _integers(text: str) -> tuple[int, ...]:
     return tuple(int(digits) for digits in re.findall(r"\d+", text))
 
 
-# How much.
+# What, and how much.
 
 
-def _nbytes(printed_type: str, kind: str, start: bool, devices: int) -> int:
-    """The larger of what goes in and what comes out, from the type of what comes out."""
+def _combined_names(name: str) -> list[str]:
+    """XLA names what it has combined "jit(f)/(conv1/psum:conv2/psum)": a name for each array."""
+    before, opening, inside = name.partition("/(")
+    if not opening or not inside.endswith(")"):
+        return [name]
+    return [f"{before}/{part}" for part in inside.removesuffix(")").split(":")]
+
+
+def _sizes(printed_type: str, kind: str, start: bool, devices: int) -> list[int]:
+    """Bytes of each array, the larger of what goes in and what comes out, from the result's type.
+
+    The start of an asynchronous pair has (what goes in, what comes out, ...) for a result.
+    """
     # Layouts and the comments that number the parts of long tuples hold no sizes.
     printed_type = re.sub(r"\{[^}]*\}|/\*.*?\*/", "", printed_type)
     if start and kind != "all-reduce":
-        # The start of an asynchronous pair gives (what goes in, what comes out, ...).
-        return max(_array_bytes(part) for part in _parts(printed_type)[:2])
-    nbytes = _array_bytes(printed_type)
-    return nbytes * devices if kind == "reduce-scatter" else nbytes
+        return max((_array_bytes(part) for part in _parts(printed_type)[:2]), key=sum)
+    factor = devices if kind == "reduce-scatter" else 1
+    return [nbytes * factor for nbytes in _array_bytes(printed_type)]
 
 
-def _array_bytes(printed_type: str) -> int:
-    """Of all arrays in a type."""
-    return sum(
+def _array_bytes(printed_type: str) -> list[int]:
+    """Of each array in a type."""
+    return [
         -(-_bits(array) * math.prod(_integers(array["shape"])) // 8)
         for array in _ARRAY.finditer(printed_type)
-    )
+    ]
 
 
 def _bits(array: re.Match) -> int:

@@ -207,6 +207,33 @@ def test_ways_to_print_what_is_moved(instruction, kind, nbytes):
     assert (found.kind, found.nbytes, found.axes) == (kind, nbytes, ("group",))
 
 
+def test_parts_of_a_combined_collective():
+    """The sums of two layers, which XLA combines, and of the layer that gives each its name."""
+
+    def program(x):
+        with jax.named_scope("first"):
+            first = lax.psum(x, "data")
+        with jax.named_scope("second"):
+            return first, lax.psum(x[:1] * 2, "data")
+
+    mesh = mesh_of(ON_4_BY_2)
+    (found,) = read(program, mesh)
+    assert (found.kind, found.nbytes) == ("all-reduce", BLOCK + BLOCK // 4)
+    assert {name.split("/")[-2]: nbytes for name, nbytes in found.parts} == {
+        "first": BLOCK,
+        "second": BLOCK // 4,
+    }
+
+
+def test_names_that_do_not_fit_the_arrays():
+    for name in ("f/(a:b)", "f/(a/psum", "f/psum"):
+        program = printed(
+            f'%s = (f32[3], f32[1], f32[2]) all-reduce(%x), {GROUPS}, metadata={{op_name="{name}"}}'
+        )
+        (found,) = collectives(program, mesh_of(ON_4_BY_2))
+        assert found.parts == ((name, 24),)
+
+
 @pytest.mark.parametrize(
     ("instruction", "axes"),
     [
