@@ -7,7 +7,8 @@ layers. In between a tower sees itself alone, which is what a grouped convolutio
 """
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jax import lax
 
 from grouped_conv_jax.arguments import check_divides
 from grouped_conv_jax.nnx import GroupedConv
+from grouped_conv_jax.placement import Exchange
 
 POOL_SIZE, POOL_STRIDE = 3, 2
 """Windows of 3 every 2 pixels: overlapping pooling (section 3.4 of the paper)."""
@@ -107,23 +109,106 @@ class AlexNetConfig:
         """
         if self.towers < 1:
             raise ValueError(f"towers must be at least 1, got {self.towers}")
-        widths = {f"conv{i}": c.features for i, c in enumerate(self.convolutions, 1)}
-        first = len(self.convolutions) + 1
-        widths |= {f"fc{i}": units for i, units in enumerate(self.hidden_units, first)}
-        for layer, width in widths.items():
+        widths = (*(conv.features for conv in self.convolutions), *self.hidden_units)
+        names = self.convolution_names + self.dense_names[:-1]
+        for layer, width in zip(names, widths, strict=True):
             check_divides("towers", self.towers, f"the features of {layer}", width)
         if self.pooled_size < 1:
             raise ValueError(f"image_size={self.image_size} leaves nothing after the last pooling")
 
     @property
+    def convolution_names(self) -> tuple[str, ...]:
+        """conv1, conv2, ..., as the paper numbers the layers."""
+        return tuple(f"conv{i}" for i, _ in enumerate(self.convolutions, 1))
+
+    @property
+    def dense_names(self) -> tuple[str, ...]:
+        """fc6, fc7 and fc8: the hidden layers, and the one that gives the logits."""
+        first = len(self.convolutions) + 1
+        return tuple(f"fc{first + i}" for i in range(len(self.hidden_units) + 1))
+
+    @property
+    def edges(self) -> tuple[int, ...]:
+        """Pixels along an edge of what each convolution sees, then the first hidden layer."""
+        edges = [self.image_size]
+        for conv in self.convolutions:
+            size = (edges[-1] + sum(conv.padding) - conv.kernel_size) // conv.strides + 1
+            edges.append((size - POOL_SIZE) // POOL_STRIDE + 1 if conv.pool else size)
+        return tuple(edges)
+
+    @property
     def pooled_size(self) -> int:
         """Pixels along an edge of what the first fully connected layer sees."""
-        size = self.image_size
-        for conv in self.convolutions:
-            size = (size + sum(conv.padding) - conv.kernel_size) // conv.strides + 1
-            if conv.pool:
-                size = (size - POOL_SIZE) // POOL_STRIDE + 1
-        return size
+        return self.edges[-1]
+
+    def exchanges(
+        self,
+        examples: int,
+        mesh_shape: Mapping[Any, int],
+        *,
+        batch_axis: str = "data",
+        tower_axis: str = "group",
+        itemsize: int = 4,
+    ) -> tuple[Exchange, ...]:
+        """What devices must exchange in one training step, if each holds whole towers.
+
+        Where the towers talk, a device gathers what they have all computed, and the sum over
+        towers of its gradient is scattered back; each kernel's gradient is summed over the
+        examples. Nothing else has to move.
+
+        Args:
+          examples: on each device.
+          mesh_shape: devices by axis, `mesh.shape`.
+          batch_axis: the axis over which the examples are spread.
+          tower_axis: the axis over which the towers are spread.
+          itemsize: bytes of a number.
+        """
+        across_towers = (tower_axis,) if mesh_shape.get(tower_axis, 1) > 1 else ()
+        across_batch = (batch_axis,) if mesh_shape.get(batch_axis, 1) > 1 else ()
+        classes = self.dense_names[-1]
+        found = []
+        if across_towers:
+            for name, numbers in self._talks():
+                nbytes = examples * numbers * itemsize
+                found += [
+                    Exchange(name, "fprop", "all-gather", across_towers, nbytes),
+                    Exchange(name, "dgrad", "reduce-scatter", across_towers, nbytes),
+                ]
+            nbytes = examples * self.num_classes * itemsize
+            found.append(Exchange(classes, "fprop", "all-reduce", across_towers, nbytes))
+        if across_batch:
+            for name, numbers in self._held(mesh_shape.get(tower_axis, 1)):
+                nbytes = numbers * itemsize
+                found.append(Exchange(name, "wgrad", "all-reduce", across_batch, nbytes))
+        order = self.convolution_names + self.dense_names
+        return tuple(sorted(found, key=lambda exchange: order.index(exchange.layer)))
+
+    def _talks(self) -> list[tuple[str, int]]:
+        """The layers that see all towers, and how many numbers of one example they see."""
+        features = [self.image_channels, *(conv.features for conv in self.convolutions)]
+        seen = [
+            (name, edge**2 * channels)
+            for name, conv, edge, channels in zip(
+                self.convolution_names, self.convolutions, self.edges, features, strict=False
+            )
+            if conv.inputs == "all"
+        ]
+        units = (self.pooled_size**2 * features[-1], *self.hidden_units)
+        return [*seen, *zip(self.dense_names[:-1], units, strict=False)]
+
+    def _held(self, devices: int) -> list[tuple[str, int]]:
+        """How many parameters of each layer a device holds, if so many share the towers."""
+        held, channels = [], self.image_channels
+        for name, conv in zip(self.convolution_names, self.convolutions, strict=True):
+            inputs = channels // self.towers if conv.inputs == "own" else channels
+            held.append((name, (conv.kernel_size**2 * inputs + 1) * conv.features // devices))
+            channels = conv.features
+        inputs = self.pooled_size**2 * channels
+        *hidden, classes = self.dense_names
+        for name, units in zip(hidden, self.hidden_units, strict=True):
+            held.append((name, (inputs + 1) * units // devices))
+            inputs = units
+        return [*held, (classes, inputs * self.num_classes // devices + self.num_classes)]
 
 
 class AlexNet(nnx.Module):
@@ -245,20 +330,27 @@ class AlexNet(nnx.Module):
         size, channels = config.image_size, config.image_channels
         if images.ndim != 4 or images.shape[1:] != (size, size, channels):
             raise ValueError(f"images must be (N, {size}, {size}, {channels}), got {images.shape}")
+        # The scopes name the layers in profiles and in compiled programs (see `placement`).
         x = images
-        for conv, layer in zip(config.convolutions, self.convolutions, strict=True):
-            if conv.inputs == "all":
+        for name, conv, layer in zip(
+            config.convolution_names, config.convolutions, self.convolutions, strict=True
+        ):
+            with jax.named_scope(name):
+                if conv.inputs == "all":
+                    x = self.talk(x)
+                x = nnx.relu(layer(x))
+                if conv.normalize:
+                    x = self._normalize(x)
+                if conv.pool:
+                    x = nnx.max_pool(x, (POOL_SIZE, POOL_SIZE), (POOL_STRIDE, POOL_STRIDE))
+        *hidden_names, classes_name = config.dense_names
+        for number, (name, layer) in enumerate(zip(hidden_names, self.hidden, strict=True)):
+            with jax.named_scope(name):
                 x = self.talk(x)
-            x = nnx.relu(layer(x))
-            if conv.normalize:
-                x = self._normalize(x)
-            if conv.pool:
-                x = nnx.max_pool(x, (POOL_SIZE, POOL_SIZE), (POOL_STRIDE, POOL_STRIDE))
-        for number, layer in enumerate(self.hidden):
-            x = self.talk(x)
-            x = nnx.relu(layer(x.reshape(len(x), -1)))
-            x = self._drop(x, dropout_keys, number)
-        return self.talk(self.classes(x), how="sum") + self.classes_bias[None]
+                x = nnx.relu(layer(x.reshape(len(x), -1)))
+                x = self._drop(x, dropout_keys, number)
+        with jax.named_scope(classes_name):
+            return self.talk(self.classes(x), how="sum") + self.classes_bias[None]
 
     def talk(self, x: jax.Array, how: Literal["gather", "sum"] = "gather") -> jax.Array:
         """Where the towers talk: before conv3 and at every fully connected layer.
