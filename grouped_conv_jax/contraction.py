@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from grouped_conv_jax import selection
 from grouped_conv_jax.algorithms import TABLE
 from grouped_conv_jax.explicit import has_explicit_axes, untyped
-from grouped_conv_jax.partition import partitioned, requires_devices
+from grouped_conv_jax.partition import mesh_to_spread_over, partitioned, requires_devices
 from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec, Factor, Role
 
 COMPUTES: dict[Role, Contraction] = {role: contraction for contraction, role in RESULT.items()}
@@ -179,23 +179,14 @@ def _lowering_rule(platform: str):
                 out_sharding=None,
             )
 
-        if _is_for_several_devices(ctx.module_context) and not spec.is_empty:
-            compute = partitioned(compute, on_one_device, contraction, spec)
+        mesh = mesh_to_spread_over(ctx.module_context)
+        if mesh is not None and not spec.is_empty:
+            compute = partitioned(compute, on_one_device, contraction, spec, mesh)
         # The type of the result is settled; how it is computed need not be typed as well.
         compute = untyped(compute, ctx.avals_out[0].sharding)
         return mlir.lower_fun(compute, multiple_results=False)(ctx, *operands)
 
     return rule
-
-
-def _is_for_several_devices(context: mlir.ModuleContext) -> bool:
-    """Whether XLA is to partition the program: not inside `shard_map`, where the shapes are those
-    of one device already, and not for `jax.export`, which has no place for a Python callback.
-    """
-    if context.lowering_parameters.for_export:
-        return False
-    devices = getattr(context.axis_context, "device_assignment", None)
-    return devices is not None and len(devices) > 1
 
 
 requires_devices(grouped_conv_p)

@@ -8,10 +8,12 @@ q step + first on, `rows` of them, of which its neighbours send it those that it
 
 import dataclasses
 import math
+from collections.abc import Callable, Mapping
 from typing import Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from grouped_conv_jax.spec import ConvSpec
@@ -72,17 +74,23 @@ class Halo:
         need = self.first + self.rows - self.block
         return max(0, need, need - (self.devices - 1) * (self.block - self.step))
 
-    def exchange(self, x: jax.Array, dimension: int, axes: tuple[str, ...]) -> jax.Array:
-        """From a device's block of rows to those that it needs; zeros beyond both ends."""
-        parts = [*self._received(x, dimension, axes, self.before, back=True), x]
-        parts += self._received(x, dimension, axes, self.after, back=False)
+    def exchange(
+        self, x: jax.Array, dimension: int, axes: tuple[str, ...], mesh_shape: Mapping[str, int]
+    ) -> jax.Array:
+        """From a device's block of rows to those that it needs; zeros beyond both ends.
+
+        The blocks follow each other along `axes`, the first of them the major one.
+        """
+        permute = _in_order(axes, mesh_shape)
+        parts = [*self._received(x, dimension, permute, self.before, back=True), x]
+        parts += self._received(x, dimension, permute, self.after, back=False)
         x = jnp.concatenate(parts, axis=dimension)
         place = lax.axis_index(axes) if self.block != self.step else 0
         start = self.before + self.first - place * (self.block - self.step)
         return lax.dynamic_slice_in_dim(x, start, self.rows, axis=dimension)
 
     def _received(
-        self, x: jax.Array, dimension: int, axes: tuple[str, ...], count: int, back: bool
+        self, x: jax.Array, dimension: int, permute: Callable, count: int, back: bool
     ) -> list[jax.Array]:
         """`count` rows before (or after) the block, from as many neighbours as have them."""
         received = []
@@ -94,5 +102,20 @@ class Halo:
             pairs = [
                 (i, i + shift) for i in range(self.devices) if 0 <= i + shift < self.devices
             ]
-            received.append(lax.ppermute(sent, axes, pairs))
+            received.append(permute(sent, pairs))
         return received[::-1] if back else received
+
+
+def _in_order(axes: tuple[str, ...], mesh_shape: Mapping[str, int]) -> Callable:
+    """`lax.ppermute` among places that are counted along `axes` in their own order: it counts
+    them in the order of the mesh.
+    """
+    ordered = tuple(axis for axis in mesh_shape if axis in axes)
+    counted = np.arange(math.prod(mesh_shape[axis] for axis in axes))
+    counted = counted.reshape([mesh_shape[axis] for axis in ordered])
+    places = counted.transpose([ordered.index(axis) for axis in axes]).ravel()
+
+    def permute(x: jax.Array, pairs: list[tuple[int, int]]) -> jax.Array:
+        return lax.ppermute(x, ordered, [(int(places[i]), int(places[j])) for i, j in pairs])
+
+    return permute

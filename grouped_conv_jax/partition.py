@@ -26,6 +26,7 @@ from jax import lax
 from jax._src import dispatch  # For the one name that `requires_devices` needs.
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
+from jax.interpreters import mlir
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from grouped_conv_jax.halo import Halo
@@ -49,11 +50,28 @@ def requires_devices(primitive: Primitive) -> None:
     dispatch.prim_requires_devices_during_lowering.add(primitive)
 
 
+def mesh_to_spread_over(context: mlir.ModuleContext) -> Mesh | None:
+    """The devices over which XLA is to spread a program that is being lowered.
+
+    None on one device; inside `shard_map`, where the shapes are those of one device already (if
+    some axes are Auto there, XLA does as it does for lax: its partitioner dies of a custom
+    partition under manual axes); and for `jax.export`, which has no place for a Python callback.
+    """
+    devices = getattr(context.axis_context, "device_assignment", None)
+    if devices is None or len(devices) == 1 or context.lowering_parameters.for_export:
+        return None
+    mesh = context.axis_context.abstract_mesh
+    # Where the shardings do not tell of a mesh, the devices are all on one axis.
+    sizes = {"devices": len(devices)} if mesh is None or mesh.empty else mesh.shape
+    return Mesh(np.array(devices).reshape(list(sizes.values())), tuple(sizes))
+
+
 def partitioned(
     whole: Callable[[jax.Array, jax.Array], jax.Array],
     local: Callable[[jax.Array, jax.Array, ConvSpec], jax.Array],
     contraction: Contraction,
     spec: ConvSpec,
+    mesh: Mesh,
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """`whole`, a contraction, as XLA is to partition it.
 
@@ -62,18 +80,19 @@ def partitioned(
       local: the same contraction of another spec, on the parts that a device has.
       contraction: which one.
       spec: of the whole.
+      mesh: the devices.
     """
+    mesh = _refined(mesh)
+    names = (*OPERANDS[contraction], RESULT[contraction])
 
-    def partition(mesh: Mesh, operands: Any, result: Any) -> Any:
-        refined = _refined(mesh, result.sharding, len(result.shape))
-        names = (*OPERANDS[contraction], RESULT[contraction])
+    def partition(_: Any, operands: Any, result: Any) -> Any:
         given: dict[Role, Dimensions] = {
-            role: _decode(x.sharding, len(x.shape), refined)
+            role: _decode(x.sharding, len(x.shape), mesh)
             for role, x in zip(names, (*operands, result), strict=True)
         }
-        plan = choose(contraction, spec, given, refined.shape)
-        shardings = [NamedSharding(refined, PartitionSpec(*plan.sharded(r))) for r in names]
-        return refined, functools.partial(plan.compute, local), shardings[2], tuple(shardings[:2])
+        plan = choose(contraction, spec, given, mesh.shape)
+        shardings = [NamedSharding(mesh, PartitionSpec(*plan.sharded(role))) for role in names]
+        return mesh, functools.partial(plan.compute, local), shardings[2], tuple(shardings[:2])
 
     function = custom_partitioning(whole)
     rule, sizes = sharding_rule(contraction, spec)
@@ -169,7 +188,8 @@ class Plan:
 
     def _exchanged(self, lhs: jax.Array) -> jax.Array:
         for i, halo in self.halos.items():
-            lhs = halo.exchange(lhs, self.spec.spatial_dimensions("lhs")[i], self.split[i])
+            at = self.spec.spatial_dimensions("lhs")[i]
+            lhs = halo.exchange(lhs, at, self.split[i], self.sizes)
         return lhs
 
     def _block_shape(self) -> tuple[int, ...]:
@@ -352,16 +372,14 @@ def _place(axis: str, dimensions: Dimensions) -> tuple[int, Axes] | None:
 # Shardings as XLA gives them, in terms of the mesh.
 
 
-def _refined(mesh: Mesh, sharding: Sharding, rank: int) -> Mesh:
-    """The devices of a sharding with mesh axes of prime size, in the order of the mesh's."""
-    count = len(sharding.device_set)
-    devices = list(sharding.devices_indices_map((count,) * rank))
-    # XLA may not say which mesh it was: then the devices are all on one axis.
-    axes = dict(mesh.shape) if mesh.size == count else {"devices": count}
+def _refined(mesh: Mesh) -> Mesh:
+    """The same devices in the same order, on axes of prime size."""
     sizes = {
-        f"{name}:{i}": size for name, n in axes.items() for i, size in enumerate(_prime_factors(n))
+        f"{name}:{i}": prime
+        for name, size in mesh.shape.items()
+        for i, prime in enumerate(_prime_factors(size))
     }
-    return Mesh(np.array(devices).reshape(list(sizes.values())), tuple(sizes))
+    return Mesh(mesh.devices.reshape(list(sizes.values())), tuple(sizes))
 
 
 def _prime_factors(n: int) -> list[int]:
@@ -374,14 +392,15 @@ def _prime_factors(n: int) -> list[int]:
 
 
 def _decode(sharding: Sharding, rank: int, mesh: Mesh) -> Dimensions:
-    """The axes that shard each dimension of an array."""
-    count = mesh.size
-    indices = sharding.devices_indices_map((count,) * rank)
-    starts = [[part.start or 0 for part in indices[device]] for device in mesh.devices.flat]
-    places = np.reshape(starts, (*mesh.devices.shape, rank))
+    """The axes that shard each dimension of an array: where a step along an axis of the mesh leads
+    to another part of it, and the farther the more major.
+    """
+    parts = sharding.devices_indices_map((mesh.size,) * rank)
+    starts = [[part.start or 0 for part in parts[device]] for device in mesh.devices.flat]
+    starts = np.reshape(starts, (*mesh.devices.shape, rank))
     strides: list[dict[str, int]] = [{} for _ in range(rank)]
     for i, axis in enumerate(mesh.axis_names):
-        moves = np.take(places, 1, axis=i).flat[:rank] - places.flat[:rank]
-        for at in np.flatnonzero(moves):
-            strides[at][axis] = abs(moves[at])
-    return tuple(tuple(sorted(by_axis, key=by_axis.get, reverse=True)) for by_axis in strides)
+        here, there = (np.take(starts, at, axis=i).reshape(-1, rank)[0] for at in (0, 1))
+        for dimension in np.flatnonzero(there - here):
+            strides[dimension][axis] = there[dimension] - here[dimension]
+    return tuple(tuple(sorted(by, key=lambda axis: -by[axis])) for by in strides)
