@@ -168,8 +168,9 @@ def placement_report(
       compiled: of `jax.jit(f).lower(...).compile()`; nothing is run.
       mesh: the devices that it was compiled for, in that order.
       exchanges: what has to be exchanged, computed without the program, such as
-        `AlexNetConfig.exchanges`; collectives are told apart by the layers named there. Without
-        it, the compiled side alone is reported, by the place in the traced function.
+        `grouped_conv_jax.models.alexnet_exchanges`; collectives are told apart by the layers
+        named there. Without it, the compiled side alone is reported, by the place in the traced
+        function.
       held: trees of arrays, or of `jax.ShapeDtypeStruct` with shardings, by name.
       alone: the same program compiled for one device, to compare the memory with.
 

@@ -1,5 +1,6 @@
-"""Networks built on grouped convolution, one file each."""
+"""Networks built on grouped convolution, one file each, and what their devices exchange."""
 
 from grouped_conv_jax.models.alexnet import AlexNet, AlexNetConfig
+from grouped_conv_jax.models.alexnet_exchanges import alexnet_exchanges
 
-__all__ = ["AlexNet", "AlexNetConfig"]
+__all__ = ["AlexNet", "AlexNetConfig", "alexnet_exchanges"]

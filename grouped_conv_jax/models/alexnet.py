@@ -7,8 +7,7 @@ layers. In between a tower sees itself alone, which is what a grouped convolutio
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,6 @@ from jax import lax
 
 from grouped_conv_jax.arguments import check_divides
 from grouped_conv_jax.nnx import GroupedConv
-from grouped_conv_jax.placement import Exchange
 
 POOL_SIZE, POOL_STRIDE = 3, 2
 """Windows of 3 every 2 pixels: overlapping pooling (section 3.4 of the paper)."""
@@ -140,75 +138,6 @@ class AlexNetConfig:
     def pooled_size(self) -> int:
         """Pixels along an edge of what the first fully connected layer sees."""
         return self.edges[-1]
-
-    def exchanges(
-        self,
-        examples: int,
-        mesh_shape: Mapping[Any, int],
-        *,
-        batch_axis: str = "data",
-        tower_axis: str = "group",
-        itemsize: int = 4,
-    ) -> tuple[Exchange, ...]:
-        """What devices must exchange in one training step, if each holds whole towers.
-
-        Where the towers talk, a device gathers what they have all computed, and the sum over
-        towers of its gradient is scattered back; each kernel's gradient is summed over the
-        examples. Nothing else has to move.
-
-        Args:
-          examples: on each device.
-          mesh_shape: devices by axis, `mesh.shape`.
-          batch_axis: the axis over which the examples are spread.
-          tower_axis: the axis over which the towers are spread.
-          itemsize: bytes of a number.
-        """
-        across_towers = (tower_axis,) if mesh_shape.get(tower_axis, 1) > 1 else ()
-        across_batch = (batch_axis,) if mesh_shape.get(batch_axis, 1) > 1 else ()
-        classes = self.dense_names[-1]
-        found = []
-        if across_towers:
-            for name, numbers in self._talks():
-                nbytes = examples * numbers * itemsize
-                found += [
-                    Exchange(name, "fprop", "all-gather", across_towers, nbytes),
-                    Exchange(name, "dgrad", "reduce-scatter", across_towers, nbytes),
-                ]
-            nbytes = examples * self.num_classes * itemsize
-            found.append(Exchange(classes, "fprop", "all-reduce", across_towers, nbytes))
-        if across_batch:
-            for name, numbers in self._held(mesh_shape.get(tower_axis, 1)):
-                nbytes = numbers * itemsize
-                found.append(Exchange(name, "wgrad", "all-reduce", across_batch, nbytes))
-        order = self.convolution_names + self.dense_names
-        return tuple(sorted(found, key=lambda exchange: order.index(exchange.layer)))
-
-    def _talks(self) -> list[tuple[str, int]]:
-        """The layers that see all towers, and how many numbers of one example they see."""
-        features = [self.image_channels, *(conv.features for conv in self.convolutions)]
-        seen = [
-            (name, edge**2 * channels)
-            for name, conv, edge, channels in zip(
-                self.convolution_names, self.convolutions, self.edges, features, strict=False
-            )
-            if conv.inputs == "all"
-        ]
-        units = (self.pooled_size**2 * features[-1], *self.hidden_units)
-        return [*seen, *zip(self.dense_names[:-1], units, strict=False)]
-
-    def _held(self, devices: int) -> list[tuple[str, int]]:
-        """How many parameters of each layer a device holds, if so many share the towers."""
-        held, channels = [], self.image_channels
-        for name, conv in zip(self.convolution_names, self.convolutions, strict=True):
-            inputs = channels // self.towers if conv.inputs == "own" else channels
-            held.append((name, (conv.kernel_size**2 * inputs + 1) * conv.features // devices))
-            channels = conv.features
-        inputs = self.pooled_size**2 * channels
-        *hidden, classes = self.dense_names
-        for name, units in zip(hidden, self.hidden_units, strict=True):
-            held.append((name, (inputs + 1) * units // devices))
-            inputs = units
-        return [*held, (classes, inputs * self.num_classes // devices + self.num_classes)]
 
 
 class AlexNet(nnx.Module):
