@@ -20,6 +20,9 @@ from grouped_conv_jax.spec import Contraction
 
 Direction = Literal["forward", "backward"]
 
+_Key = tuple[str, str, tuple[str, ...]]
+"""A layer, a direction, the axes of the mesh."""
+
 
 @dataclass(frozen=True)
 class Exchange:
@@ -49,7 +52,8 @@ class Row:
     """What one layer exchanges in one direction along the same axes; bytes as in `Exchange`.
 
     Attributes:
-      layer: its name, or where in the traced function the collective is, if that is in no layer.
+      layer: its name; or where in the traced function the collective is, if that is in no layer;
+        or several layers, if what they need is done together and outside of them.
       contraction: "fprop", "dgrad" or "wgrad", or the direction if no exchange was computed here.
       axes: of the mesh.
       computed_kinds: the collectives that have to be.
@@ -218,6 +222,7 @@ def _rows(
             layer = _layer(op_name, layers)
             direction = "backward" if "transpose(" in op_name else "forward"
             found[layer, direction, c.axes].append((c.kind, nbytes))
+    _pool(needed, found)
     return tuple(
         Row(
             layer,
@@ -231,6 +236,24 @@ def _rows(
         for key in list(dict.fromkeys([*needed, *found]))
         for layer, direction, axes in [key]
     )
+
+
+def _pool(needed: dict[_Key, list], found: dict[_Key, list]) -> None:
+    """One row for what several layers need and one place outside of them all does.
+
+    Such are the gradients of all layers, where a program sums them together at its end.
+    """
+    layers = {layer for layer, *_ in needed}
+    places = {(key[2], kind) for key in found for kind, _ in found[key]}
+    for axes, kind in sorted(places):
+        outside = [k for k in found if k[0] not in layers and k[2] == axes]
+        outside = [k for k in outside if {what for what, _ in found[k]} == {kind}]
+        missing = [k for k in needed if k not in found and k[2] == axes]
+        missing = [k for k in missing if {what for what, *_ in needed[k]} == {kind}]
+        if outside and missing:
+            together = (", ".join(dict.fromkeys(layer for layer, *_ in missing)), "", axes)
+            needed[together] = [e for key in missing for e in needed.pop(key)]
+            found[together] = [c for key in outside for c in found.pop(key)]
 
 
 def _layer(op_name: str, layers: Sequence[str]) -> str:

@@ -150,6 +150,23 @@ def test_a_layer_that_moves_something_else_is_said(mesh, kind, nbytes, note):
     assert report.notes == ((f"layer1 fprop: {note}",) if note else ())
 
 
+def test_what_layers_need_may_be_done_elsewhere(mesh):
+    compiled = gathering(mesh, "end")
+    needed = [
+        Exchange("layer1", "wgrad", "all-gather", ("a",), 256),
+        Exchange("layer2", "wgrad", "all-gather", ("a",), 200),
+        Exchange("layer2", "fprop", "all-reduce", ("a",), 8),
+        Exchange("layer2", "dgrad", "all-gather", ("b",), 8),
+    ]
+    rows = placement_report(compiled, mesh, exchanges=needed).rows
+    assert [(r.layer, r.contraction, r.computed_nbytes, r.compiled_nbytes) for r in rows] == [
+        ("layer2", "fprop", 8, 0),
+        ("layer2", "dgrad", 8, 0),
+        ("layer1, layer2", "wgrad", 456, 512),
+    ]
+    assert rows[-1].note == "all-gather of 56 bytes more than computed"
+
+
 def test_layers_are_told_apart_by_whole_names(mesh):
     compiled = gathering(mesh, "conv1", "conv11")
     needed = [Exchange(name, "fprop", "all-gather", ("a",), 512) for name in ("conv1", "conv11")]
