@@ -2,20 +2,29 @@
 
 A net made of towers (see `models`) says in the metadata of its parameters which of their
 dimensions the towers cut. From that follow the PartitionSpecs of the whole net's parameters, and
-the net that one device holds, to be called inside `jax.shard_map`.
+the net that one device holds. What is computed of each example is written once, as a function of a
+net, and runs in each way that JAX has of using several devices.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 from flax import nnx
+from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from grouped_conv_jax.pmapping import Pmap
 
 DATA, GROUP = "data", "group"
 """The mesh axes: examples are spread over the one, towers over the other."""
+
+Placement = Literal["jit", "shard_map", "pmap"]
+"""How a net comes to its devices: see `TowerNet.by_example`."""
+
+PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 
 
 def make_mesh(data: int, group: int, devices: Sequence[Any] | None = None) -> Mesh:
@@ -46,11 +55,14 @@ class TowerNet:
         net, that no devices share) and the keys of the initialisers.
       mesh: the devices; see `make_mesh`.
 
+    Raises:
+      ValueError: the mesh lacks an axis, or the net cannot be cut into as many parts as the axis
+        `group` has devices.
+
     Example:
       The logits of a batch, each device computing its examples and its towers:
 
       >>> import jax, jax.numpy as jnp
-      >>> from jax.sharding import PartitionSpec
       >>> from grouped_conv_jax.models import AlexNet, AlexNetConfig
       >>> from grouped_conv_jax.towers import TowerNet, make_mesh
       >>> config = AlexNetConfig.small()
@@ -59,17 +71,21 @@ class TowerNet:
       ...     make_mesh(data=1, group=1),  # group=2 for a device each
       ... )
       >>> params = net.init(jax.random.key(0))
-      >>> examples = PartitionSpec("data")
-      >>> apply = jax.shard_map(
-      ...     lambda params, images: net.on_device(params)(images),
-      ...     mesh=net.mesh, in_specs=(net.specs, examples), out_specs=examples,
-      ... )
-      >>> jax.jit(apply)(params, jnp.ones((4, 32, 32, 3))).shape
+      >>> logits = net.by_example(lambda net, images: net(images), "shard_map")
+      >>> jax.jit(logits)(params, jnp.ones((4, 32, 32, 3))).shape
       (4, 10)
     """
 
     build: Callable[[int | None, nnx.Rngs], nnx.Module]
     mesh: Mesh
+
+    def __post_init__(self):
+        for axis in (DATA, GROUP):
+            if axis not in self.mesh.axis_names:
+                raise ValueError(
+                    f"the mesh has no axis {axis!r}; its axes are {self.mesh.axis_names}"
+                )
+        self._check_parts()
 
     def init(self, key: jax.Array) -> Any:
         """Parameters of the whole net (nested dicts), each device getting its towers' only.
@@ -85,8 +101,7 @@ class TowerNet:
     @functools.cached_property
     def specs(self) -> Any:
         """The PartitionSpec of each parameter, from the metadata of the net."""
-        net = nnx.eval_shape(lambda: self.build(None, nnx.Rngs(0)))
-        return nnx.to_pure_dict(nnx.get_partition_spec(nnx.state(net, nnx.Param)))
+        return nnx.to_pure_dict(nnx.get_partition_spec(self._whole_net[1]))
 
     @property
     def shardings(self) -> Any:
@@ -97,11 +112,117 @@ class TowerNet:
             is_leaf=lambda x: isinstance(x, PartitionSpec),
         )
 
+    def whole(self, params: Any) -> Any:
+        """The net of all towers, of global arrays, which no device needs to hold whole."""
+        return nnx.merge(self._whole_net[0], params)
+
     def on_device(self, params: Any) -> Any:
-        """Inside `shard_map`: the net of this device's towers, from this device's parameters."""
-        axis_size = self.mesh.shape[GROUP]
-        net = nnx.eval_shape(lambda: self.build(axis_size, nnx.Rngs(0)))
-        graphdef, _, rest = nnx.split(net, nnx.Param, ...)
-        if jax.tree.leaves(rest):
-            raise NotImplementedError("nets with state other than parameters")
-        return nnx.merge(graphdef, params)
+        """Inside `shard_map` or `pmap`: the net of this device's towers, from its parameters."""
+        return nnx.merge(self._net_of_a_device[0], params)
+
+    def by_example(self, function: Callable, placement: Placement = "shard_map") -> Callable:
+        """`function` as one of global arrays, computed by all devices.
+
+        The values and where the arrays live do not depend on the placement.
+
+        Args:
+          function: `function(net, *arrays)`, from a net and arrays that have the examples as their
+            leading dimension to such arrays, what belongs to an example depending on no other one.
+          placement: how the devices are used.
+            "jit": the whole net on global arrays, which XLA partitions. To be called inside
+            `jax.jit`; can be differentiated.
+            "shard_map": the program of one device, on its examples and its towers. To be called
+            inside `jax.jit`; can be differentiated.
+            "pmap": the same program under `jax.pmap`. To be called outside of `jax.jit`;
+            gradients are taken by the program itself (see `sum_gradients`).
+
+        Returns:
+          `by_example(params, *arrays)`. It raises ValueError for a batch that the axis `data` does
+          not divide.
+
+        Raises:
+          ValueError: there is no such placement.
+        """
+        if placement not in PLACEMENTS:
+            known = ", ".join(PLACEMENTS)
+            raise ValueError(f"unknown placement {placement!r}; known: {known}")
+
+        def on_device(params, *arrays):
+            return function(self.on_device(params), *arrays)
+
+        @functools.cache
+        def placed(count: int) -> Callable:
+            examples = PartitionSpec(DATA)
+            in_specs = (self.specs, *[examples] * count)
+            if placement == "pmap":
+                return Pmap(on_device, self.mesh, in_specs, examples)
+            return jax.shard_map(on_device, mesh=self.mesh, in_specs=in_specs, out_specs=examples)
+
+        def by_example(params, *arrays):
+            for array in arrays:
+                self.check_batch(len(array))
+            if placement == "jit":
+                return function(self.whole(params), *arrays)
+            return placed(len(arrays))(params, *arrays)
+
+        return by_example
+
+    def sum_gradients(self, grads: Any) -> Any:
+        """Inside `pmap`: the gradients of the sum over all devices of what each differentiated.
+
+        A device's own gradients take account of what it sends to others within the net, but not of
+        the copies of a parameter: they are summed over the mesh axes that its spec does not name.
+        """
+
+        def summed(grad: jax.Array, sharding: NamedSharding) -> jax.Array:
+            named = {axis for entry in sharding.spec for axis in _axes(entry)}
+            return lax.psum(grad, tuple(a for a in self.mesh.axis_names if a not in named))
+
+        return jax.tree.map(summed, grads, self.shardings)
+
+    @property
+    def examples(self) -> NamedSharding:
+        """The sharding of arrays that have the examples as their leading dimension."""
+        return NamedSharding(self.mesh, PartitionSpec(DATA))
+
+    def check_batch(self, size: int) -> None:
+        """Raises ValueError for a batch that does not divide over the devices."""
+        if size % self.mesh.shape[DATA]:
+            raise ValueError(
+                f"a batch of {size} examples does not divide over the {self.mesh.shape[DATA]} "
+                f"devices of the mesh axis {DATA!r}"
+            )
+
+    @functools.cached_property
+    def _whole_net(self) -> tuple[nnx.GraphDef, Any]:
+        return _graphdef_and_params(lambda: self.build(None, nnx.Rngs(0)))
+
+    @functools.cached_property
+    def _net_of_a_device(self) -> tuple[nnx.GraphDef, Any]:
+        return _graphdef_and_params(lambda: self.build(self.mesh.shape[GROUP], nnx.Rngs(0)))
+
+    def _check_parts(self) -> None:
+        """Raises ValueError unless the devices' parts of each parameter make up the whole."""
+        parts = jax.tree.leaves(nnx.to_pure_dict(self._net_of_a_device[1]))
+        whole = jax.tree.leaves_with_path(nnx.to_pure_dict(self._whole_net[1]))
+        for (path, array), part, sharding in zip(
+            whole, parts, jax.tree.leaves(self.shardings), strict=True
+        ):
+            expected = sharding.shard_shape(array.shape)
+            if part.shape != expected:
+                raise ValueError(
+                    f"{jax.tree_util.keystr(path)} is {part.shape} in the net of one device, but "
+                    f"{sharding.spec} gives it {expected} of {array.shape}"
+                )
+
+
+def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes in one entry of a PartitionSpec."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else entry
+
+
+def _graphdef_and_params(build: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, Any]:
+    graphdef, params, rest = nnx.split(nnx.eval_shape(build), nnx.Param, ...)
+    if jax.tree.leaves(rest):
+        raise NotImplementedError("nets with state other than parameters")
+    return graphdef, params

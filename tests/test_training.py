@@ -1,6 +1,7 @@
 """The training steps of the example: the same losses on any devices, and no second compilation."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -13,7 +14,9 @@ from alexnet.data import Split, batches, digits, padded_batches
 from alexnet.errors import UsageError
 from alexnet.report import bytes_by_device
 from alexnet.training import Normalization, Trainer, paper_optimizer, tower_net
-from grouped_conv_jax.towers import make_mesh
+from grouped_conv_jax.towers import PLACEMENTS, Placement, make_mesh
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 BATCH, STEPS = 16, 8
 
@@ -23,8 +26,16 @@ def dataset():
     return digits(36, seed=0)
 
 
-def trainer(dataset, data: int, group: int, *, flip: bool = False) -> Trainer:
-    config = dataclasses.replace(TINY, num_classes=10, image_channels=1)
+def trainer(
+    dataset,
+    data: int,
+    group: int,
+    *,
+    towers: int = 2,
+    flip: bool = False,
+    placement: Placement = "shard_map",
+) -> Trainer:
+    config = dataclasses.replace(TINY, towers=towers, num_classes=10, image_channels=1)
     return Trainer(
         tower_net(config, make_mesh(data, group), implementation=None),
         paper_optimizer(0.02, 0.9, 5e-4),
@@ -32,6 +43,7 @@ def trainer(dataset, data: int, group: int, *, flip: bool = False) -> Trainer:
         normalization=Normalization.of(dataset.train.images),
         flip=flip,
         seed=5,
+        placement=placement,
     )
 
 
@@ -44,17 +56,30 @@ def train(run: Trainer, state, dataset, steps: int, first: int = 0):
     return state, losses
 
 
-@pytest.fixture(scope="module")
-def losses_of_one_device(dataset):
-    run = trainer(dataset, 1, 1)
+@functools.cache
+def losses_of_one_device(towers: int = 2) -> list[float]:
+    dataset = digits(36, seed=0)
+    run = trainer(dataset, 1, 1, towers=towers)
     return train(run, run.init(), dataset, STEPS)[1]
 
 
-@pytest.mark.parametrize(("data", "group"), [(1, 2), (2, 2)])
-def test_the_losses_are_those_of_one_device(dataset, losses_of_one_device, data, group):
-    run = trainer(dataset, data, group)
+on_each_mesh = pytest.mark.parametrize(
+    ("data", "group", "towers"),
+    [
+        (2, 2, 2),
+        pytest.param(1, 2, 2, marks=pytest.mark.slow),
+        pytest.param(1, 4, 4, marks=pytest.mark.slow),
+        pytest.param(4, 1, 2, marks=pytest.mark.slow),
+    ],
+)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@on_each_mesh
+def test_the_losses_are_those_of_one_device(dataset, data, group, towers, placement):
+    run = trainer(dataset, data, group, towers=towers, placement=placement)
     state, losses = train(run, run.init(), dataset, STEPS)
-    np.testing.assert_allclose(losses, losses_of_one_device, rtol=2e-4)
+    np.testing.assert_allclose(losses, losses_of_one_device(towers), rtol=2e-4)
     assert len(set(losses)) == STEPS
     assert int(state.step) == STEPS
 
@@ -83,7 +108,7 @@ def test_accuracy_counts_every_image_once(dataset):
     assert 0 < whole < 1
 
 
-def test_a_checkpoint_goes_on_on_other_devices(dataset, losses_of_one_device, tmp_path):
+def test_a_checkpoint_goes_on_on_other_devices(dataset, tmp_path):
     first = trainer(dataset, 1, 2)
     state, _ = train(first, first.init(), dataset, 3)
     checkpoints = Checkpoints(tmp_path)
@@ -96,7 +121,7 @@ def test_a_checkpoint_goes_on_on_other_devices(dataset, losses_of_one_device, tm
     jax.tree.map(lambda a, b: a.sharding == b.sharding or pytest.fail("moved"), restored, like)
     assert int(restored.step) == 3
     _, losses = train(second, restored, dataset, STEPS - 3, first=3)
-    np.testing.assert_allclose(losses, losses_of_one_device[3:], rtol=2e-4)
+    np.testing.assert_allclose(losses, losses_of_one_device()[3:], rtol=2e-4)
 
 
 def test_without_a_checkpoint_there_is_nothing_to_resume(dataset, tmp_path):

@@ -1,6 +1,5 @@
 """The training state, the program that each device runs, and the steps made of it."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -13,7 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from alexnet.data import Split, padded_batches
 from grouped_conv_jax.models import AlexNet, AlexNetConfig
-from grouped_conv_jax.towers import DATA, TowerNet
+from grouped_conv_jax.pmapping import Pmap
+from grouped_conv_jax.towers import DATA, GROUP, Placement, TowerNet
 
 
 class TrainState(NamedTuple):
@@ -50,11 +50,13 @@ class Trainer:
 
     Args:
       net: the towers on their devices.
-      optimizer: applied to the whole net's parameters.
+      optimizer: of the whole net's parameters, each number's update depending on no other one.
       image_size: pixels along an edge that the net sees, cropped out of the images given.
       normalization: of the training images.
       flip: whether to train on mirrored images too.
       seed: of the weights, crops and dropout.
+      placement: how the net comes to its devices, see `TowerNet.by_example`; the losses do not
+        depend on it.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Trainer:
         normalization: Normalization,
         flip: bool,
         seed: int,
+        placement: Placement = "shard_map",
     ):
         self.net = net
         self._optimizer = optimizer
@@ -73,83 +76,140 @@ class Trainer:
         self._normalization = normalization
         self._flip = flip
         self._init_key, self._step_key = jax.random.split(jax.random.key(seed))
-        self._by_example = NamedSharding(net.mesh, PartitionSpec(DATA))
-
-        def program(function: Callable, outputs: Any) -> Callable:
-            by_example = PartitionSpec(DATA)
-            return jax.shard_map(
-                function,
-                mesh=net.mesh,
-                in_specs=(net.specs, by_example, by_example, by_example),
-                out_specs=outputs,
-            )
-
-        scalar = PartitionSpec()
-        self._loss = program(self._loss_on_device, (scalar, scalar))
-        self._right = jax.jit(program(self._right_on_device, scalar))
+        self._right = net.by_example(self._right_by_example, placement)
         # The batch's shape is constant, so a second trace would mean a second compilation. chex
         # counts the traces of all trainers together.
         chex.clear_trace_counter()
-        self._train_step = jax.jit(chex.assert_max_traces(self._step, n=1), donate_argnames="state")
+        once = chex.assert_max_traces(n=1)
+        self._train_step: Any
+        if placement == "pmap":
+            by_example = PartitionSpec(DATA)
+            self._train_step = Pmap(
+                once(self._step_on_device),
+                net.mesh,
+                in_specs=(self._state(net.specs, PartitionSpec()), by_example, by_example),
+                out_specs=(self._state(net.specs, PartitionSpec()), PartitionSpec()),
+                donate_argnums=(0,),
+            )
+        else:
+            self._train_step = jax.jit(once(self._step), donate_argnums=0)
+            self._right = jax.jit(self._right)
+            self._forward = net.by_example(self._scores, placement)
 
     def init(self) -> TrainState:
-        """The state before the first step, the same on every mesh."""
-        params = self.net.init(self._init_key)
-        everywhere = NamedSharding(self.net.mesh, PartitionSpec())
-        # The optimizer's moments get the shardings of the parameters that they belong to.
-        opt_state = jax.jit(
-            self._optimizer.init,
-            out_shardings=optax.tree_map_params(
-                self._optimizer,
-                lambda _, sharding: sharding,
-                jax.eval_shape(self._optimizer.init, params),
-                self.net.shardings,
-                transform_non_params=lambda _: everywhere,
-            ),
-        )(params)
-        step = jax.device_put(jnp.zeros((), jnp.int32), everywhere)
-        return TrainState(step=step, params=params, opt_state=opt_state)
+        """The state before the first step, the same on every mesh and in every placement."""
+        return jax.jit(self._first_state, out_shardings=self._shardings)(self._init_key)
 
     def step(self, state: TrainState, batch: Split) -> tuple[TrainState, Metrics]:
         """One step on a batch; `state` is used up."""
-        images, labels = jax.device_put((batch.images, batch.labels), self._by_example)
-        return self._train_step(state=state, images=images, labels=labels)
+        return self._train_step(state, *self._put(batch))
+
+    def lower(self, batch_size: int, image_shape: tuple[int, ...]) -> jax.stages.Lowered:
+        """The training step, neither compiled nor run, for batches of images of one shape."""
+        state = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            jax.eval_shape(self._first_state, self._init_key),
+            self._shardings,
+        )
+        images, labels = (
+            jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=self.net.examples)
+            for shape, dtype in ((image_shape, np.uint8), ((), np.int32))
+        )
+        return self._train_step.lower(state, images, labels)
 
     def accuracy(self, params: Any, split: Split, batch_size: int) -> float:
         """Share of right answers on a whole split, from the middle of each image."""
         right = 0
         for batch in padded_batches(split, batch_size):
-            images, labels = jax.device_put((batch.images, batch.labels), self._by_example)
-            right += int(self._right(params, images, labels, labels))
+            right += int(jnp.sum(self._right(params, *self._put(batch))))
         return right / len(split)
+
+    def _put(self, batch: Split) -> tuple[jax.Array, jax.Array]:
+        self.net.check_batch(len(batch))
+        return jax.device_put((batch.images, batch.labels), self.net.examples)
+
+    # The state. The optimizer's moments lie where the parameters do that they belong to.
+
+    def _first_state(self, key: jax.Array) -> TrainState:
+        params = self.net.init(key)
+        opt_state = self._optimizer.init(params)
+        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state)
+
+    @property
+    def _shardings(self) -> TrainState:
+        everywhere = NamedSharding(self.net.mesh, PartitionSpec())
+        return self._state(self.net.shardings, everywhere)
+
+    def _state(self, by_param: Any, other: Any) -> TrainState:
+        """A state of what belongs to each parameter, and of `other` where that is none."""
+        state = jax.eval_shape(self._first_state, self._init_key)
+        opt_state = optax.tree_map_params(
+            self._optimizer,
+            lambda _, belongs: belongs,
+            state.opt_state,
+            by_param,
+            transform_non_params=lambda _: other,
+        )
+        return TrainState(step=other, params=by_param, opt_state=opt_state)
+
+    # A step, as the computation of the whole net.
 
     def _step(
         self, state: TrainState, images: jax.Array, labels: jax.Array
     ) -> tuple[TrainState, Metrics]:
-        keys = jax.random.split(jax.random.fold_in(self._step_key, state.step), len(labels))
-        (loss, accuracy), grads = jax.value_and_grad(self._loss, has_aux=True)(
-            state.params, images, labels, keys
-        )
+        keys = self._keys(state, len(labels))
+
+        def mean_loss(params):
+            losses, right = self._forward(params, images, labels, keys)
+            return jnp.mean(losses), jnp.mean(right)
+
+        (loss, accuracy), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+        return self._updated(state, grads), Metrics(loss=loss, accuracy=accuracy)
+
+    # The same step, as the program of one device under pmap.
+
+    def _step_on_device(
+        self, state: TrainState, images: jax.Array, labels: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        count = len(labels)
+        batch = count * lax.axis_size(DATA)
+        keys = self._keys(state, batch)
+        keys = lax.dynamic_slice_in_dim(keys, lax.axis_index(DATA) * count, count)
+
+        def share(params):
+            """What this device has of the mean loss; all towers have the same losses."""
+            losses, right = self._scores(self.net.on_device(params), images, labels, keys)
+            return jnp.sum(losses) / (batch * lax.axis_size(GROUP)), (losses, right)
+
+        grads, scores = jax.grad(share, has_aux=True)(state.params)
+        loss, accuracy = (lax.psum(jnp.sum(x), DATA) / batch for x in scores)
+        state = self._updated(state, self.net.sum_gradients(grads))
+        return state, Metrics(loss=loss, accuracy=accuracy)
+
+    def _keys(self, state: TrainState, batch: int) -> jax.Array:
+        """A key for each example of the step's batch."""
+        return jax.random.split(jax.random.fold_in(self._step_key, state.step), batch)
+
+    def _updated(self, state: TrainState, grads: Any) -> TrainState:
         updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        new = TrainState(step=state.step + 1, params=params, opt_state=opt_state)
-        return new, Metrics(loss=loss, accuracy=accuracy)
+        return TrainState(step=state.step + 1, params=params, opt_state=opt_state)
 
-    # What each device runs: its towers' parameters, its examples.
+    # Of each example, by the whole net or by that of a device's towers.
 
-    def _loss_on_device(self, params, images, labels, keys):
+    def _scores(self, net, images, labels, keys):
+        """The loss of each example, and whether the answer is right."""
         crop_keys, dropout_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
         images = jax.vmap(self._random_crop)(images, crop_keys)
-        logits = self.net.on_device(params)(self._normalize(images), dropout_keys=dropout_keys)
+        logits = net(self._normalize(images), dropout_keys=dropout_keys)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        right = jnp.argmax(logits, axis=-1) == labels
-        return lax.pmean(jnp.mean(losses), DATA), lax.pmean(jnp.mean(right), DATA)
+        return losses, jnp.argmax(logits, axis=-1) == labels
 
-    def _right_on_device(self, params, images, labels, _):
+    def _right_by_example(self, net, images, labels):
         start = (images.shape[1] - self._image_size) // 2
         middle = slice(start, start + self._image_size)
-        logits = self.net.on_device(params)(self._normalize(images[:, middle, middle]))
-        return lax.psum(jnp.sum(jnp.argmax(logits, axis=-1) == labels), DATA)
+        logits = net(self._normalize(images[:, middle, middle]))
+        return jnp.argmax(logits, axis=-1) == labels
 
     def _normalize(self, images):
         mean, std = (jnp.broadcast_to(x, images.shape) for x in self._normalization)
