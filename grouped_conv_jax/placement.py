@@ -222,6 +222,7 @@ def _rows(
             layer = _layer(op_name, layers)
             direction = "backward" if "transpose(" in op_name else "forward"
             found[layer, direction, c.axes].append((c.kind, nbytes))
+    _claim(needed, found)
     _pool(needed, found)
     return tuple(
         Row(
@@ -236,6 +237,30 @@ def _rows(
         for key in list(dict.fromkeys([*needed, *found]))
         for layer, direction, axes in [key]
     )
+
+
+def _claim(needed: dict[_Key, list], found: dict[_Key, list]) -> None:
+    """Moves a collective that a layer needs just so to that layer, whatever it is named after.
+
+    What the partitioner gathers is named, by the version of XLA, after the layer that takes it or
+    after the one that made it.
+    """
+
+    def agree(key: _Key) -> bool:
+        wanted = [(kind, nbytes) for kind, nbytes, *_ in needed.get(key, ())]
+        return sorted(wanted) == sorted(found.get(key, ()))
+
+    for key, wanted in needed.items():
+        for kind, nbytes, *_ in wanted:
+            if (kind, nbytes) in found.get(key, ()):
+                continue
+            for other in [k for k in found if k[2] == key[2] and not agree(k)]:
+                if (kind, nbytes) in found[other]:
+                    found[other].remove((kind, nbytes))
+                    found.setdefault(key, []).append((kind, nbytes))
+                    break
+    for key in [key for key, moved in found.items() if not moved]:
+        del found[key]
 
 
 def _pool(needed: dict[_Key, list], found: dict[_Key, list]) -> None:

@@ -150,6 +150,23 @@ def test_a_layer_that_moves_something_else_is_said(mesh, kind, nbytes, note):
     assert report.notes == ((f"layer1 fprop: {note}",) if note else ())
 
 
+def test_a_collective_may_be_named_after_the_layer_before(mesh):
+    def on_device(x):
+        with jax.named_scope("layer1"):
+            x = lax.all_gather(x, "a", tiled=True)
+        with jax.named_scope("layer2"):
+            return lax.all_gather(jnp.sin(x), "a", tiled=True)[:2]
+
+    program = jax.shard_map(on_device, mesh=mesh, in_specs=P("a"), out_specs=P("a"))
+    compiled = compiled_on(mesh, program, P("a"))
+    needed = [
+        Exchange("layer2", "fprop", "all-gather", ("a",), 512),
+        Exchange("layer3", "fprop", "all-gather", ("a",), 2048),
+    ]
+    report = placement_report(compiled, mesh, exchanges=needed)
+    assert [(row.layer, row.note) for row in report.rows] == [("layer2", ""), ("layer3", "")]
+
+
 def test_what_layers_need_may_be_done_elsewhere(mesh):
     compiled = gathering(mesh, "end")
     needed = [
