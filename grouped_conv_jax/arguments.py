@@ -14,9 +14,9 @@ import jax
 import numpy as np
 from jax import lax
 from jax.core import ShapedArray
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, NamedSharding
 
-from grouped_conv_jax.explicit import has_explicit_axes
+from grouped_conv_jax.explicit import has_explicit_axes, result_sharding
 from grouped_conv_jax.spec import ConvSpec
 
 PADDINGS = ("SAME", "SAME_LOWER", "VALID")
@@ -68,20 +68,19 @@ def conv_spec(
             f"precision must be a name, a jax.lax.Precision or two of them, got {precision!r}"
         ) from None
 
-    out_dtype, result_sharding = _as_lax_types_it(
-        lhs,
-        rhs,
-        out_sharding,
-        window_strides=strides,
+    arguments = {
+        "window_strides": strides,
         # lax takes a string where it would refuse the pairs of symbolic sizes that it stands for.
-        padding=padding if isinstance(padding, str) else pairs,
-        lhs_dilation=lhs_dilation,
-        rhs_dilation=rhs_dilation,
-        dimension_numbers=numbers,
-        feature_group_count=groups,
-        precision=precision,
-        preferred_element_type=preferred_element_type,
-    )
+        "padding": padding if isinstance(padding, str) else pairs,
+        "lhs_dilation": lhs_dilation,
+        "rhs_dilation": rhs_dilation,
+        "dimension_numbers": numbers,
+        "feature_group_count": groups,
+        "precision": precision,
+        "preferred_element_type": preferred_element_type,
+    }
+    x64 = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+    out_dtype = _dtype_in_lax(lhs.shape, rhs.shape, lhs.dtype, x64, **arguments)
     spec = ConvSpec(
         lhs_shape=lhs.shape,
         rhs_shape=rhs.shape,
@@ -95,7 +94,11 @@ def conv_spec(
         feature_group_count=groups,
         precision=precision,
     )
-    return spec, result_sharding
+    if out_sharding is not None:
+        return spec, _sharding_in_lax(lhs, rhs, out_sharding, **arguments)
+    if has_explicit_axes(_mesh(lhs, rhs)):
+        return spec, result_sharding(spec, lhs.sharding, rhs.sharding)
+    return spec, None
 
 
 def group_count(name: str, value: Any) -> int:
@@ -149,32 +152,34 @@ def check_divides(name: str, count: int, what: str, size: int) -> None:
     raise ValueError(f"{name}={count} does not divide {what} ({size}); divisors: {listed}")
 
 
-def _as_lax_types_it(
-    lhs: Any, rhs: Any, out_sharding: Any, **arguments: Any
-) -> tuple[np.dtype, NamedSharding | None]:
-    """The dtype of the result by lax's own rules, and its sharding on an Explicit mesh."""
-    meshes = (lhs.sharding.mesh, rhs.sharding.mesh)
-    mesh = next((m for m in meshes if not m.empty), jax.sharding.get_abstract_mesh())
-    if out_sharding is None and not has_explicit_axes(mesh):
-        shapes = (lhs.shape, rhs.shape)
-        x64 = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
-        return _unsharded_dtype(*shapes, lhs.dtype, x64, **arguments), None
+def _sharding_in_lax(lhs: Any, rhs: Any, out_sharding: Any, **arguments: Any) -> NamedSharding:
+    """What lax makes of an out_sharding."""
     operands = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in (lhs, rhs)]
-    with jax.sharding.use_abstract_mesh(mesh):
-        out = jax.eval_shape(
+    with jax.sharding.use_abstract_mesh(_mesh(lhs, rhs)):
+        return jax.eval_shape(
             functools.partial(lax.conv_general_dilated, **arguments, out_sharding=out_sharding),
             *operands,
-        )
-    return out.dtype, out.sharding
+        ).sharding
+
+
+def _mesh(lhs: Any, rhs: Any) -> AbstractMesh:
+    meshes = (lhs.sharding.mesh, rhs.sharding.mesh)
+    return next((m for m in meshes if not m.empty), jax.sharding.get_abstract_mesh())
 
 
 @functools.lru_cache(maxsize=1024)
-def _unsharded_dtype(lhs_shape, rhs_shape, dtype, x64, **arguments) -> np.dtype:
-    # Cached, since outside jit it would be most of the cost of a call. `x64` decides what a
-    # preferred_element_type means, so it is part of the key.
+def _dtype_in_lax(lhs_shape, rhs_shape, dtype, x64, **arguments) -> np.dtype:
+    """The dtype that lax gives the result, if it takes the arguments.
+
+    Cached, since outside jit it would be most of the cost of a call. `x64` decides what a
+    preferred_element_type means, so it is part of the key.
+    """
     del x64
     operands = [jax.ShapeDtypeStruct(shape, dtype) for shape in (lhs_shape, rhs_shape)]
-    return jax.eval_shape(functools.partial(lax.conv_general_dilated, **arguments), *operands).dtype
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        return jax.eval_shape(
+            functools.partial(lax.conv_general_dilated, **arguments), *operands
+        ).dtype
 
 
 def _check_groups(lhs_shape: Any, rhs_shape: Any, numbers: Any, groups: int) -> None:

@@ -35,8 +35,9 @@ class Halo:
 
     @classmethod
     def of(cls, spec: ConvSpec, spatial: int, devices: int) -> Self | None:
-        """None where the devices would need programs of their own: more devices than rows, an
-        input dilation out of step with the blocks, or a block of outputs that reads padding only.
+        """None where there are more devices than rows; where each would need a program of its own,
+        an input dilation being out of step with the blocks; and where a block of outputs reads
+        padding only, or from beyond all devices.
         """
         x, y = (spec.spatial_shape(role)[spatial] for role in ("lhs", "out"))
         if min(x, y) < devices:
@@ -53,7 +54,7 @@ class Halo:
             return None
         before = first * e + low
         after = reach - before - (1 + (rows - 1) * e)
-        return cls(
+        halo = cls(
             devices=devices,
             block=math.ceil(x / devices),
             step=out_block * s // e,
@@ -62,6 +63,8 @@ class Halo:
             out_block=out_block,
             padding=(before, after),
         )
+        beyond = max(halo.before, halo.after) > (devices - 1) * halo.block
+        return None if beyond else halo
 
     @property
     def before(self) -> int:
@@ -99,9 +102,7 @@ class Halo:
             start = self.block - size if back else 0
             sent = lax.slice_in_dim(x, start, start + size, axis=dimension)
             shift = hop if back else -hop
-            pairs = [
-                (i, i + shift) for i in range(self.devices) if 0 <= i + shift < self.devices
-            ]
+            pairs = [(i, i + shift) for i in range(self.devices) if 0 <= i + shift < self.devices]
             received.append(permute(sent, pairs))
         return received[::-1] if back else received
 

@@ -1,0 +1,534 @@
+"""Plain jit on meshes: what is computed where, what is sent, and that the values are right."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import CASES, NHWC, Case, each_case, every_implementation, named
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from test_values import assert_matches_the_oracle, value_and_gradients
+
+from grouped_conv_jax.collectives import Collective, collectives
+from grouped_conv_jax.partition import choose
+from grouped_conv_jax.spec import Contraction, ConvSpec
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+CONTRACTIONS: tuple[Contraction, ...] = ("fprop", "dgrad", "wgrad")
+
+
+def make_mesh(**axes: int) -> Mesh:
+    size = int(np.prod(list(axes.values())))
+    kinds = (AxisType.Auto,) * len(axes)
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), kinds, devices=jax.devices()[:size])
+
+
+MESH = make_mesh(data=4, group=2)
+
+
+def contraction_of(case: Case, contraction: Contraction, implementation=None) -> Callable:
+    """One contraction as a function of (lhs, rhs, out)."""
+    conv = case.conv(implementation)
+    return {
+        "fprop": lambda x, w, y: conv(x, w),
+        "dgrad": lambda x, w, y: jax.vjp(lambda x: conv(x, w), x)[1](y)[0],
+        "wgrad": lambda x, w, y: jax.vjp(lambda w: conv(x, w), w)[1](y)[0],
+    }[contraction]
+
+
+def compiled(case: Case, contraction: Contraction, mesh: Mesh, specs, implementation=None):
+    """One contraction; operands and results are sharded as `specs` says of lhs, rhs and out."""
+    lhs, rhs, out = shardings = [NamedSharding(mesh, spec) for spec in specs]
+    operands = [
+        jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding)
+        for shape, sharding in zip(case.shapes, shardings, strict=True)
+    ]
+    result = {"fprop": out, "dgrad": lhs, "wgrad": rhs}[contraction]
+    function = jax.jit(contraction_of(case, contraction, implementation), out_shardings=result)
+    return function.lower(*operands).compile()
+
+
+def sent(case: Case, contraction: Contraction, mesh: Mesh, specs) -> list[Collective]:
+    return collectives(compiled(case, contraction, mesh, specs), mesh)
+
+
+def assert_right(case: Case, mesh: Mesh, specs, implementation=None) -> None:
+    """Values and both gradients; the shardings may be such that nothing divides."""
+    shardings = [NamedSharding(mesh, spec) for spec in specs]
+    compute = value_and_gradients(case.conv(implementation))
+
+    def constrained(*operands):
+        operands = map(lax.with_sharding_constraint, operands, shardings)
+        lhs, rhs, out = shardings
+        return tuple(map(lax.with_sharding_constraint, compute(*operands), (out, lhs, rhs)))
+
+    operands = case.random()
+    placed = jax.device_put(operands, NamedSharding(mesh, P()))
+    assert_matches_the_oracle(jax.jit(constrained)(*placed), case, operands)
+
+
+def on_dimensions(case: Case, **axes) -> list[P]:
+    """PartitionSpecs of lhs, rhs and out from the axes of "batch" and "features"."""
+    specs = []
+    for role, layout in oracle.layouts(len(case.lhs) - 2, **case.arguments).items():
+        dimensions: list = [None] * len(layout)
+        if role == "rhs":
+            dimensions[layout[0]] = axes.get("features")
+        else:
+            dimensions[layout[0]], dimensions[layout[1]] = axes.get("batch"), axes.get("features")
+        specs.append(P(*dimensions))
+    return specs
+
+
+def divided(case: Case) -> Case:
+    """A case with more examples and groups, so that every mesh divides them."""
+    layouts = oracle.layouts(len(case.lhs) - 2, **case.arguments)
+    lhs, rhs = list(case.lhs), list(case.rhs)
+    lhs[layouts["lhs"][0]] = 8
+    lhs[layouts["lhs"][1]] *= 8
+    rhs[layouts["rhs"][0]] *= 8
+    arguments = {**case.arguments, "feature_group_count": case.groups * 8}
+    return Case(f"{case.name}, divided", tuple(lhs), tuple(rhs), arguments)
+
+
+DIVIDED = [
+    divided(case)
+    for case in CASES
+    if 0 not in (*case.lhs, *case.rhs, *case.out) and "batch_group_count" not in case.arguments
+]
+SOME = [
+    divided(case)
+    for case in named("rank 1", "NHWC", "both dilated, strided, cropped, three groups")
+]
+
+# Mesh, axes of the batch, axes of the features.
+SPLITS = {
+    "batch": ({"data": 4, "group": 2}, "data", None),
+    "groups": ({"data": 4, "group": 2}, None, "group"),
+    "both": ({"data": 4, "group": 2}, "data", "group"),
+    "both, the other way": ({"data": 2, "group": 4}, "data", "group"),
+    "batch over two axes": ({"a": 2, "b": 2, "c": 2}, ("a", "c"), None),
+    "groups over two axes": ({"a": 2, "b": 2, "c": 2}, None, ("c", "b")),
+    "one group each": ({"data": 1, "group": 8}, None, "group"),
+    "one axis": ({"data": 8}, "data", None),
+    "six devices": ({"unused": 3, "group": 2}, None, "group"),
+    "nothing": ({"data": 4, "group": 2}, None, None),
+}
+
+
+def assert_local(case: Case, split: str, implementation) -> None:
+    axes, batch, features = SPLITS[split]
+    mesh, specs = make_mesh(**axes), on_dimensions(case, batch=batch, features=features)
+
+    def devices(names) -> int:
+        return int(np.prod([mesh.shape[name] for name in listed(names)]))
+
+    for contraction in CONTRACTIONS:
+        program = compiled(case, contraction, mesh, specs, implementation)
+        found = [(c.kind, c.nbytes, c.axes) for c in collectives(program, mesh)]
+        expected, more = [], 0
+        if contraction == "wgrad" and batch:
+            kernel = int(np.prod(case.rhs)) // devices(features)
+            over = tuple(a for a in mesh.axis_names if a in listed(batch))
+            expected, more = [("all-reduce", 4 * kernel, over)], kernel
+        assert found == expected, contraction
+        work = flops(program)
+        whole = whole_flops(case, contraction, implementation)
+        parts = devices(batch) * devices(features)
+        # XLA counts the additions of the all-reduce.
+        assert whole / parts <= work <= whole / parts + more, contraction
+    assert_right(case, mesh, specs, implementation)
+
+
+def listed(names) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else names or ()
+
+
+def flops(program) -> float:
+    return program.cost_analysis()["flops"]
+
+
+@functools.cache
+def whole_flops(case: Case, contraction: Contraction, implementation) -> float:
+    return flops(compiled(case, contraction, make_mesh(data=1), (P(),) * 3, implementation))
+
+
+@every_implementation
+@pytest.mark.parametrize("split", ["both", "batch over two axes", "groups over two axes"])
+@each_case(SOME)
+def test_batch_and_groups_are_local(case, split, implementation):
+    assert_local(case, split, implementation)
+
+
+@pytest.mark.parametrize("split", [s for s in SPLITS if s != "both"])
+def test_batch_and_groups_are_local_on_any_mesh(split):
+    assert_local(SOME[1], split, None)
+
+
+@pytest.mark.slow
+@every_implementation
+@pytest.mark.parametrize("split", list(SPLITS))
+@each_case(DIVIDED)
+def test_every_case_is_local(case, split, implementation):
+    assert_local(case, split, implementation)
+
+
+def dense(name: str, lhs, rhs, groups: int = 1, **more) -> Case:
+    arguments = {
+        "window_strides": (1, 1), "padding": "SAME", "dimension_numbers": NHWC,
+        "feature_group_count": groups, **more,
+    }  # fmt: skip
+    return Case(name, lhs, rhs, arguments)
+
+
+def kinds(found: list[Collective]) -> list[tuple[str, tuple[str, ...], int]]:
+    return sorted((c.kind, c.axes, c.devices) for c in found)
+
+
+# What cannot be local: right, and with no more than it takes.
+
+
+def test_outputs_of_one_group_on_several_devices_gather_the_input():
+    # conv3 of AlexNet: each tower's filters see both towers.
+    case = dense("all see all", (8, 6, 6, 16), (3, 3, 16, 24))
+    features = P("data", None, None, "group"), P(None, None, None, "group")
+    specs = (features[0], features[1], features[0])
+    nbytes = 4 * 8 // 4 * 6 * 6 * 16
+    found = {c: sent(case, c, MESH, specs) for c in CONTRACTIONS}
+    assert [(c.kind, c.axes, c.nbytes) for c in found["fprop"]] == [
+        ("all-gather", ("group",), nbytes)
+    ]
+    assert [(c.kind, c.axes, c.nbytes) for c in found["dgrad"]] == [
+        ("reduce-scatter", ("group",), nbytes)
+    ]
+    assert kinds(found["wgrad"]) == [("all-gather", ("group",), 2), ("all-reduce", ("data",), 4)]
+    assert_right(case, MESH, specs)
+
+
+def test_a_sum_over_sharded_inputs_is_one_all_reduce():
+    case = dense("row parallel", (2, 6, 6, 16), (3, 3, 16, 24))
+    specs = (P(None, None, None, "group"), P(None, None, "group"), P())
+    assert kinds(sent(case, "fprop", MESH, specs)) == [("all-reduce", ("group",), 2)]
+    assert kinds(sent(case, "dgrad", MESH, specs)) == []
+    assert kinds(sent(case, "wgrad", MESH, specs)) == []
+    assert_right(case, MESH, specs)
+
+
+def test_channels_cut_through_groups_talk_within_their_group():
+    # Four groups on eight devices: each device has half of one group's inputs and outputs.
+    mesh = make_mesh(group=8)
+    case = dense("cut", (1, 16, 16, 32), (3, 3, 8, 32), groups=4)
+    whole = int(np.prod(case.lhs)) * 4
+    features = P(None, None, None, "group")
+    for contraction in CONTRACTIONS:
+        found = sent(case, contraction, mesh, (features,) * 3)
+        assert all(c.devices == 2 for c in found)
+        assert 0 < sum(c.nbytes for c in found) <= 2 * whole / 4
+        alone = whole_flops(case, contraction, None)
+        work = flops(compiled(case, contraction, mesh, (features,) * 3))
+        assert work == pytest.approx(alone / 8, rel=0.1)
+    assert_right(case, mesh, (features,) * 3)
+
+
+def test_groups_that_the_axis_does_not_divide():
+    # Six groups on four devices: two parts of three groups, and the rest is found elsewhere.
+    mesh = make_mesh(group=4)
+    case = dense("six groups", (4, 8, 8, 24), (3, 3, 4, 24), groups=6)
+    features = P(None, None, None, "group")
+    for contraction in CONTRACTIONS:
+        found = sent(case, contraction, mesh, (features,) * 3)
+        assert found
+        assert all(c.devices == 2 for c in found)
+    assert_right(case, mesh, (features,) * 3)
+
+
+def test_a_kernel_that_is_sharded_otherwise_is_what_is_moved():
+    case = dense("kernel apart", (8, 16, 16, 16), (3, 3, 4, 16), groups=4)
+    batch = P("data", None, None, "group")
+    kernel_bytes = 4 * int(np.prod(case.rhs))
+    for kernel in (P(None, None, "group"), P(None, None, None, "data"), P(None, None, "data")):
+        for contraction in ("fprop", "dgrad"):
+            found = sent(case, contraction, MESH, (batch, kernel, batch))
+            assert 0 < sum(c.nbytes for c in found) <= 2 * kernel_bytes
+        assert_right(case, MESH, (batch, kernel, batch))
+
+
+def test_the_gradient_of_a_kernel_sharded_like_the_batch_is_scattered():
+    # As in ZeRO: each device keeps a part of the kernel for the examples of all.
+    mesh = make_mesh(data=8)
+    case = dense("zero", (8, 16, 16, 16), (3, 3, 4, 16), groups=4)
+    specs = (P("data"), P(None, None, None, "data"), P("data"))
+    assert kinds(sent(case, "wgrad", mesh, specs)) == [("reduce-scatter", ("data",), 8)]
+    assert kinds(sent(case, "fprop", mesh, specs)) == [("all-gather", ("data",), 8)]
+    assert_right(case, mesh, specs)
+
+
+@every_implementation
+@pytest.mark.parametrize("batch", [5, 6, 7])
+def test_a_batch_that_the_axis_does_not_divide(batch, implementation):
+    case = dense("uneven", (batch, 5, 6, 8), (3, 2, 2, 12), groups=4)
+    batched = P("data", None, None, "group")
+    assert_right(case, MESH, (batched, P(None, None, None, "group"), batched), implementation)
+
+
+# Rows on several devices.
+
+# Each of 16 rows, to a number of rows that four devices divide too.
+ROWS = {
+    "same": {},
+    "strided": {"window_strides": (2, 1)},
+    "dilated": {"rhs_dilation": (2, 1)},
+    "strided and dilated": {"window_strides": (2, 2), "rhs_dilation": (2, 1)},
+    "valid": {"padding": "VALID", "rhs_dilation": (2, 1)},
+    "cropped": {"padding": [(-2, 0), (0, 0)]},
+    "input dilated": {"padding": [(2, 1), (1, 1)], "lhs_dilation": (2, 1)},
+}
+
+
+@pytest.mark.parametrize("more", list(ROWS.values()), ids=list(ROWS))
+def test_sharded_rows_exchange_halos_only(more):
+    case = dense("rows", (2, 16, 6, 8), (3, 3, 2, 12), groups=4, **more)
+    specs = (P(None, "data"), P(), P(None, "data"))
+    row = 4 * 2 * 6 * 8
+    for contraction in CONTRACTIONS:
+        found = sent(case, contraction, MESH, specs)
+        halos = [c for c in found if c.kind == "collective-permute"]
+        assert 1 <= len(halos) <= 3
+        # A kernel that reaches over 5 rows needs 4 of the neighbours', and as the blocks of the
+        # output shift against those of the input, a few more.
+        assert sum(c.nbytes for c in halos) <= (7 if case.out[1] == 12 else 4) * row
+        others = [c.kind for c in found if c not in halos]
+        assert others == (["all-reduce"] if contraction == "wgrad" else [])
+    assert_right(case, MESH, specs)
+
+
+@pytest.mark.parametrize("more", list(ROWS.values()), ids=list(ROWS))
+def test_rows_that_the_axis_does_not_divide(more):
+    case = dense("uneven rows", (2, 18, 6, 8), (3, 3, 2, 12), groups=4, **more)
+    assert_right(case, MESH, (P(None, "data"), P(), P(None, "data")))
+
+
+@every_implementation
+def test_rows_columns_and_groups_sharded_together(implementation):
+    mesh = make_mesh(rows=2, columns=2, group=2)
+    case = dense("an image in tiles", (2, 8, 6, 8), (3, 3, 2, 12), groups=4)
+    tiles = P(None, "rows", "columns", "group")
+    kernel = P(None, None, None, "group")
+    assert {c.kind for c in sent(case, "fprop", mesh, (tiles, kernel, tiles))} == {
+        "collective-permute"
+    }
+    assert_right(case, mesh, (tiles, kernel, tiles), implementation)
+
+
+def test_a_halo_from_beyond_the_neighbour():
+    case = dense("far", (1, 16, 4, 4), (7, 1, 1, 4), groups=4, rhs_dilation=(2, 1))
+    mesh = make_mesh(data=8)
+    rows = P(None, "data")
+    # Six rows before and six after, from three devices on each side.
+    halos = sent(case, "fprop", mesh, (rows, P(), rows))
+    assert [c.kind for c in halos] == ["collective-permute"] * 6
+    assert_right(case, mesh, (rows, P(), rows))
+
+
+def test_rows_over_axes_in_another_order_than_the_mesh():
+    case = dense("crosswise", (1, 16, 4, 4), (3, 3, 1, 4), groups=4)
+    rows = P(None, ("group", "data"))
+    assert_right(case, MESH, (rows, P(), rows))
+
+
+def test_rows_out_of_step_with_their_dilation_are_gathered():
+    # Blocks of three output rows begin at rows of the input and at gaps between them, in turn.
+    more = {"padding": [(0, -1), (1, 1)], "lhs_dilation": (2, 1)}
+    case = dense("out of step", (1, 8, 4, 4), (3, 3, 1, 4), groups=4, **more)
+    mesh, specs = make_mesh(data=4), (P(None, "data"), P(), P(None, "data"))
+    assert "all-gather" in {c.kind for c in sent(case, "fprop", mesh, specs)}
+    assert_right(case, mesh, specs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(8))
+def test_any_sharding_of_any_case_is_right(seed):
+    draw = np.random.default_rng(seed)
+    meshes = [{"data": 4, "group": 2}, {"data": 2, "group": 4}, {"a": 2, "b": 2, "c": 2}]
+    meshes += [{"d": 8}, {"data": 2, "group": 3}]
+    for _ in range(40):
+        case = resized(DIVIDED[draw.integers(len(DIVIDED))], draw)
+        mesh = make_mesh(**meshes[draw.integers(len(meshes))])
+        specs = [random_spec(shape, mesh, draw) for shape in case.shapes]
+        assert_right(case, mesh, specs)
+
+
+def resized(case: Case, draw: np.random.Generator) -> Case:
+    layout = oracle.layouts(len(case.lhs) - 2, **case.arguments)["lhs"]
+    lhs = list(case.lhs)
+    lhs[layout[0]] = int(draw.integers(1, 9))
+    for d in layout[2:]:
+        lhs[d] += int(draw.integers(0, 8))
+    return Case(case.name, tuple(lhs), case.rhs, case.arguments)
+
+
+def random_spec(shape, mesh: Mesh, draw: np.random.Generator) -> P:
+    dimensions: list[tuple[str, ...]] = [()] * len(shape)
+    for axis in draw.permutation(mesh.axis_names):
+        at = draw.integers(len(shape))
+        parts = np.prod([mesh.shape[a] for a in (*dimensions[at], axis)])
+        if draw.random() < 0.7 and shape[at] >= parts:
+            dimensions[at] += (str(axis),)
+    return P(*dimensions)
+
+
+# The choice, without devices.
+
+
+def spec_of(case: Case) -> ConvSpec:
+    jaxpr = jax.make_jaxpr(case.conv())(*(np.zeros(s, np.float32) for s in case.shapes[:2]))
+    return jaxpr.eqns[0].params["spec"]
+
+
+def test_the_choice_keeps_operands_where_they_are():
+    spec = spec_of(dense("choice", (8, 8, 8, 16), (3, 3, 4, 16), groups=4))
+    sizes = {"a": 2, "b": 2, "c": 2}
+    by_batch, by_features = (("a", "b"), (), (), ()), ((), (), (), ("a", "b", "c"))
+    whole = ((),) * 4
+    plan = choose("fprop", spec, {"lhs": by_batch, "rhs": whole, "out": whole}, sizes)
+    assert dict(plan.split) == {"N": ("a", "b")}
+    # Four groups: two axes for them, the third one has the inputs of a group.
+    plan = choose("fprop", spec, {"lhs": by_features, "rhs": whole, "out": whole}, sizes)
+    assert dict(plan.split) == {"G": ("a", "b"), "C": ("c",)}
+    plan = choose("wgrad", spec, {"lhs": by_batch, "out": by_batch, "rhs": by_features}, sizes)
+    assert dict(plan.split) == {"N": ("a", "b")}
+    assert dict(plan.scattered) == {3: ("a", "b")}
+    plan = choose("fprop", spec, {"lhs": whole, "rhs": whole, "out": whole}, sizes)
+    assert dict(plan.split) == {}
+
+
+# Transformations.
+
+
+def placed(case: Case) -> list[jax.Array]:
+    specs = on_dimensions(case, batch="data", features="group")
+    return [
+        jax.device_put(x, NamedSharding(MESH, spec))
+        for x, spec in zip(case.random(), specs, strict=True)
+    ]
+
+
+def wave(conv):
+    return lambda x, w: jnp.sum(jnp.sin(conv(x, w)))
+
+
+def grad_of_grad(conv):
+    def norm(x, w):
+        return sum(jnp.sum(g**2) for g in jax.grad(wave(conv), (0, 1))(x, w))
+
+    return jax.grad(norm, (0, 1))
+
+
+def remat(conv):
+    return jax.grad(wave(jax.checkpoint(conv)), (0, 1))
+
+
+def scan(conv):
+    def body(total, x):
+        return total + wave(conv)(x, body.w), None
+
+    def loss(x, w):
+        body.w = w
+        return lax.scan(body, jnp.zeros(()), jnp.stack([x, -x, 2 * x]))[0]
+
+    return jax.grad(loss, (0, 1))
+
+
+def forward_mode(conv):
+    return lambda x, w: jax.jvp(jax.grad(wave(conv), (0, 1)), (x, w), (w.sum() * x, w))[1]
+
+
+def per_example(conv):
+    return jax.vmap(jax.grad(lambda x, w: wave(conv)(x[None], w), (0, 1)), (0, None))
+
+
+def ensemble(conv):
+    return lambda x, w: jax.vmap(jax.grad(wave(conv), (0, 1)), (None, 0))(x, jnp.stack([w, 2 * w]))
+
+
+TRANSFORMED = (grad_of_grad, remat, scan, forward_mode, per_example, ensemble)
+
+
+@every_implementation
+@pytest.mark.parametrize("transform", TRANSFORMED, ids=lambda f: f.__name__)
+def test_transformed_on_a_mesh_is_as_on_one_device(transform, implementation):
+    case = dense("transformed", (8, 5, 6, 8), (3, 2, 2, 12), groups=4)
+    x, w, _ = placed(case)
+    program = jax.jit(transform(case.conv(implementation)))
+    expected = jax.jit(transform(case.lax_conv()))(*case.random()[:2])
+    length = max(oracle.lengths(*case.shapes, **case.arguments)) ** 2
+    for actual, e in zip(program(x, w), expected, strict=True):
+        oracle.assert_close(actual, np.asarray(e), length)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMED, ids=lambda f: f.__name__)
+def test_transformed_on_a_mesh_is_local(transform):
+    case = dense("transformed", (8, 5, 6, 8), (3, 2, 2, 12), groups=4)
+    x, w, _ = placed(case)
+    if transform in (per_example, ensemble):
+        # The mapped axis is folded into a dimension, beside what shards that.
+        w = jax.device_put(w, NamedSharding(MESH, P()))
+        x = jax.device_put(x, NamedSharding(MESH, P("data")))
+    program = jax.jit(transform(case.conv())).lower(x, w).compile()
+    found = collectives(program, MESH)
+    # Sums over the batch for kernel gradients, and scalars; nothing is gathered.
+    assert {c.kind for c in found} <= {"all-reduce"}
+
+
+def test_jit_of_several_devices_from_outside_jit_and_from_shardings_without_a_mesh():
+    case = dense("eager", (8, 5, 6, 8), (3, 2, 2, 12), groups=4)
+    x, w, _ = placed(case)
+    length = oracle.lengths(*case.shapes, **case.arguments)[0]
+    expected = oracle.forward(*case.random()[:2], **case.arguments)
+    oracle.assert_close(case.conv()(x, w), expected, length)
+    stacked = jax.pmap(lambda x: x)(case.random()[0])
+    oracle.assert_close(jax.jit(case.conv())(stacked, np.asarray(w)), expected, length)
+
+
+def test_a_sharded_program_can_be_exported():
+    case = dense("exported", (8, 5, 6, 8), (3, 2, 2, 12), groups=4)
+    operands = placed(case)
+    program = jax.export.export(value_and_gradients(case.conv()))(*operands)
+    assert program.nr_devices == 8
+    assert_matches_the_oracle(jax.jit(program.call)(*operands), case, case.random())
+
+
+def test_an_implementation_that_cannot_says_so_by_itself(monkeypatch):
+    import grouped_conv_jax.algorithms as algorithms
+
+    case = dense("refused", (8, 5, 6, 8), (3, 2, 2, 12), groups=4)
+    monkeypatch.setattr(algorithms.TABLE["vmap"], "supports", lambda *_: "not today")
+    with pytest.raises(NotImplementedError, match="not today"):
+        compiled(case, "fprop", MESH, (P(),) * 3, "vmap")
+
+
+# What lax does.
+
+
+@pytest.mark.parametrize("sizes", [(4, 2), (2, 4)], ids=str)
+def test_laxs_own_kernel_gradient_is_multiplied(sizes):
+    """A bug of XLA's partitioner that this library is free of: if this fails, it is mended, and
+    the README and the comments that mention it can be.
+    """
+    mesh = make_mesh(data=sizes[0], other=sizes[1])
+    case = dense("lax", (8, 5, 6, 8), (3, 2, 2, 12), groups=4)
+    x, w, y = case.random()
+    batched = NamedSharding(mesh, P("data"))
+    placed = jax.device_put((x, w, y), (batched, NamedSharding(mesh, P()), batched))
+    expected = oracle.kernel_gradient(x, y, w.shape, **case.arguments)
+    length = oracle.lengths(*case.shapes, **case.arguments)[2]
+    _, _, theirs = value_and_gradients(case.lax_conv())(*placed)
+    _, _, ours = value_and_gradients(case.conv())(*placed)
+    oracle.assert_close(ours, expected, length)
+    oracle.assert_close(theirs, sizes[1] * expected, sizes[1] * length)
