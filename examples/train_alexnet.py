@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from alexnet import data
+from alexnet import data, distributed
 from alexnet.checkpoints import Checkpoints
 from alexnet.config import TrainConfig
 from alexnet.errors import UsageError
@@ -65,7 +65,6 @@ class Run:
 def main() -> None:
     """The command line."""
     config = tyro.cli(TrainConfig)
-    console = Console(soft_wrap=True)
     try:
         if config.resume:
             # Once more, with the settings of that run as the defaults.
@@ -73,23 +72,37 @@ def main() -> None:
             config = tyro.cli(TrainConfig, default=saved)
             config.check_same_as(saved)
         config.check()
-        # Two devices where there is nothing but a CPU; accelerators are as many as there are.
-        jax.config.update("jax_num_cpu_devices", math.prod(config.mesh) if config.mesh else 2)
-        run = set_up(config)
+        if cpus := config.cpu_devices:
+            jax.config.update("jax_num_cpu_devices", cpus)
+        with distributed.joined(config) as process:
+            train_in(process, config)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    try:
-        describe(run, console)
-        train(run, console)
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print(f"stopped; go on with --resume --run-dir {run.folder}", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        run.checkpoints.close()
+
+
+def train_in(process: distributed.Process | None, config: TrainConfig) -> None:
+    """Trains, from the beginning or on; in this process alone or as one of several."""
+    run = set_up(config)
+    way_back = f"--resume --run-dir {run.folder}"
+    if process:
+        process.way_back = way_back
+    console = Console(soft_wrap=True, quiet=not distributed.is_first())
+    try:
+        describe(run, console)
+        train(run, console)
+    except BaseException as error:
+        # Of several processes those that are left cannot complete what they are saving.
+        if process is None or isinstance(error, FloatingPointError):
+            run.checkpoints.close()
+        if process is None and isinstance(error, KeyboardInterrupt):
+            print(f"stopped; go on with {way_back}", file=sys.stderr)
+            sys.exit(130)
+        raise
+    run.checkpoints.close()
 
 
 def set_up(config: TrainConfig) -> Run:
@@ -99,6 +112,7 @@ def set_up(config: TrainConfig) -> Run:
       UsageError: an option or a folder is wrong.
     """
     mesh, dataset, net = load(config)
+    distributed.synchronize("loaded")
     steps = len(dataset.train) // config.batch_size
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, min(steps, config.epochs * steps // 2), config.epochs * steps
@@ -110,6 +124,7 @@ def set_up(config: TrainConfig) -> Run:
         normalization=Normalization.of(dataset.train.images),
         flip=dataset.flip,
         seed=config.seed,
+        placement=config.placement,
     )
     images = {
         "classes": list(dataset.classes),
@@ -124,9 +139,11 @@ def set_up(config: TrainConfig) -> Run:
             if TrainConfig.load(folder)[1] != images:
                 raise UsageError(f"the images of {config.data} have changed since {folder} began")
             state = checkpoints.restore_newest(like=state)
-            forget_after(folder / "metrics.jsonl", int(state.step))
+            if distributed.is_first():
+                forget_after(folder / "metrics.jsonl", int(state.step))
         else:
-            config.save(folder / "config.json", **images)
+            if distributed.is_first():
+                config.save(folder / "config.json", **images)
             # So that there is something to go on from however early the run is stopped.
             checkpoints.save(state)
     except OSError as error:
@@ -139,6 +156,12 @@ def load(config: TrainConfig) -> tuple[Mesh, data.Dataset, AlexNetConfig]:
     with user_errors():
         check_name(config.implementation)
         mesh = make_mesh(*(config.mesh or default_mesh(config.towers)))
+    processes = {device.process_index for device in mesh.devices.flat}
+    if len(processes) < jax.process_count():
+        raise UsageError(
+            f"a mesh of {mesh.shape[DATA]} x {mesh.shape[GROUP]} has devices of {len(processes)} "
+            f"of the {jax.process_count()} processes; it must have some of each"
+        )
     if config.towers % mesh.shape[GROUP]:
         raise UsageError(f"{config.towers} towers cannot be shared by {mesh.shape[GROUP]} devices")
     if config.batch_size % mesh.shape[DATA]:
@@ -185,13 +208,20 @@ def newest_run() -> Path:
 def new_folder(config: TrainConfig) -> Path:
     """An empty folder for this run."""
     kind = config.data.partition(":")[0]
-    folder = config.run_dir or RUNS / f"{kind}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise UsageError(f"{folder} is not empty; go on with --resume, or name another folder")
-    except OSError as error:
-        raise UsageError(f"cannot make the run folder {folder}: {error.strerror}") from error
+    now = datetime.datetime.fromtimestamp(distributed.agreed(int(time.time())))
+    folder = config.run_dir or RUNS / f"{kind}-{now:%Y%m%d-%H%M%S}"
+
+    def make() -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if any(folder.iterdir()):
+                raise UsageError(
+                    f"{folder} is not empty; go on with --resume, or name another folder"
+                )
+        except OSError as error:
+            raise UsageError(f"cannot make the run folder {folder}: {error.strerror}") from error
+
+    distributed.by_the_first(make)
     return folder
 
 
@@ -204,12 +234,22 @@ def describe(run: Run, console: Console) -> None:
         f"{run.config.data}: {len(run.dataset.train):,} training and {len(run.dataset.test):,} "
         f"test images of {len(run.dataset.classes)} classes."
     )
-    show_placement(console, mesh, run.net.towers, run.state.params)
+    if jax.process_count() == 1:
+        show_placement(console, mesh, run.net.towers, run.state.params)
+    else:
+        console.print(
+            f"{jax.process_count()} processes, {mesh.size} devices: "
+            f"{DATA} {mesh.shape[DATA]} x {GROUP} {mesh.shape[GROUP]}."
+        )
     console.print(f"Run folder: {run.folder}")
 
 
 def train(run: Run, console: Console) -> None:
     """Trains to the last epoch; evaluates, logs and saves after each."""
+    if jax.process_count() > 1:
+        # A collective does not wait for long for a process that is still compiling.
+        run.trainer.compile(run.config.batch_size, run.dataset.train.images.shape[1:])
+        distributed.synchronize("compiled")
     first = int(run.state.step) // run.steps_per_epoch
     if first == run.config.epochs:
         console.print(f"All {first} epochs were done before.")
@@ -233,8 +273,9 @@ def train(run: Run, console: Console) -> None:
             evaluation = train_epoch(
                 run, epoch, lambda numbers: progress.update(bar, advance=1, numbers=numbers)
             )
-            with (run.folder / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(evaluation) + "\n")
+            if distributed.is_first():
+                with (run.folder / "metrics.jsonl").open("a") as file:
+                    file.write(json.dumps(evaluation) + "\n")
             run.checkpoints.save(run.state)
             console.print(
                 f"epoch {epoch + 1:3}: train loss {evaluation['train_loss']:.4f}, "
@@ -243,7 +284,9 @@ def train(run: Run, console: Console) -> None:
                 f"{evaluation['images_per_second']:.0f} images/s"
             )
     filters = run.folder / "filters.png"
-    save_filters(filters, run.state.params["convolutions"][0]["kernel"], run.net.towers)
+    kernel = run.trainer.everywhere(run.state.params["convolutions"][0]["kernel"])
+    if distributed.is_first():
+        save_filters(filters, kernel, run.net.towers)
     console.print(f"Test accuracy: {test_accuracy(run):.2%}. Filters of conv1: {filters}")
 
 

@@ -10,8 +10,15 @@ import tyro
 
 from alexnet.errors import UsageError
 from grouped_conv_jax.models import AlexNetConfig
+from grouped_conv_jax.towers import Placement
 
 MOST_DEVICES = 4096
+
+PROCESSES = ("distributed", "coordinator", "num_processes", "process_id")
+"""Settings of one process, which are not those of the run."""
+
+FREE = ("mesh", "placement", "implementation", *PROCESSES)
+"""Settings that may change when a run is gone on with: the losses do not depend on them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +65,11 @@ class TrainConfig:
     seed: int = 0
     """Of the initial weights, the order of the images, the crops and dropout."""
 
+    placement: Placement = "shard_map"
+    """How the net comes to its devices; the losses do not depend on it.
+    "jit" leaves the computation of the whole net to XLA, which cuts it up.
+    "shard_map" runs the program of one device on each, "pmap" the same in the older way of JAX."""
+
     implementation: str | None = None
     """How to convolve: a name from grouped_conv_jax.implementations(), or None to choose."""
 
@@ -67,7 +79,31 @@ class TrainConfig:
 
     resume: bool = False
     """Go on from the newest checkpoint of a run, with its settings.
-    Only --mesh and --implementation may be others."""
+    Only the devices (--mesh, --placement, the processes) and --implementation may be others."""
+
+    distributed: bool = False
+    """One of several processes, which the cluster names: SLURM, Open MPI, Kubernetes, Cloud TPU."""
+
+    coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
+    """One of several processes, started by hand: where process 0 is to be found by the others."""
+
+    num_processes: int | None = None
+    """With --coordinator: how many processes there are."""
+
+    process_id: int | None = None
+    """With --coordinator: which of them this is, from 0."""
+
+    @property
+    def several_processes(self) -> bool:
+        return self.distributed or self.coordinator is not None
+
+    @property
+    def cpu_devices(self) -> int | None:
+        """As how many devices this process's CPU shall count; accelerators are what there is."""
+        if self.distributed:
+            return None
+        wanted = math.prod(self.mesh) if self.mesh else 2
+        return max(1, wanted // (self.num_processes or 1))
 
     def check(self) -> None:
         """Raises UsageError for numbers that mean nothing."""
@@ -78,11 +114,31 @@ class TrainConfig:
             raise UsageError(f"--mesh must be two numbers of at least 1, got {self.mesh}")
         if self.mesh and math.prod(self.mesh) > MOST_DEVICES:
             raise UsageError(f"--mesh must be at most {MOST_DEVICES} devices, got {self.mesh}")
+        self._check_processes()
         if self.seed >= 2**32:
             raise UsageError(f"--seed must be less than 2**32, got {self.seed}")
         for name in ("learning_rate", "momentum", "weight_decay", "seed"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UsageError(f"--{_option(name)} must be 0 or more, got {getattr(self, name)}")
+
+    def _check_processes(self) -> None:
+        named = (self.coordinator, self.num_processes, self.process_id)
+        if None in named and named != (None, None, None):
+            raise UsageError("--coordinator, --num-processes and --process-id go together")
+        if self.coordinator is not None:
+            host, _, port = self.coordinator.rpartition(":")
+            if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+                raise UsageError(f"--coordinator must be HOST:PORT, got {self.coordinator}")
+        if self.num_processes is not None and self.process_id is not None:
+            if self.num_processes < 1:
+                raise UsageError(f"--num-processes must be at least 1, got {self.num_processes}")
+            if not 0 <= self.process_id < self.num_processes:
+                raise UsageError(
+                    f"--process-id must be from 0 to {self.num_processes - 1}, "
+                    f"got {self.process_id}"
+                )
+        if self.several_processes and self.placement == "pmap":
+            raise UsageError("--placement pmap runs in one process; take shard_map or jit")
 
     def net(self, num_classes: int, image_channels: int) -> AlexNetConfig:
         """The net that these settings ask for, for the images at hand."""
@@ -94,7 +150,7 @@ class TrainConfig:
     def save(self, path: Path, **more: Any) -> None:
         """Writes the settings, and what else a later `--resume` is compared with."""
         settings = dataclasses.asdict(self)
-        for name in ("run_dir", "resume"):
+        for name in ("run_dir", "resume", *PROCESSES):
             del settings[name]
         path.write_text(json.dumps(settings | more, indent=2) + "\n")
 
@@ -120,8 +176,7 @@ class TrainConfig:
         """Raises UsageError where a resumed run would train otherwise than it began."""
         for field in dataclasses.fields(self):
             before, now = getattr(saved, field.name), getattr(self, field.name)
-            # Devices and implementations may change: the losses do not depend on them.
-            if field.name not in ("mesh", "implementation") and before != now:
+            if field.name not in FREE and before != now:
                 raise UsageError(
                     f"the run to resume was started with --{_option(field.name)} {before}, "
                     f"not {now}"

@@ -76,7 +76,8 @@ class Trainer:
         self._normalization = normalization
         self._flip = flip
         self._init_key, self._step_key = jax.random.split(jax.random.key(seed))
-        self._right = net.by_example(self._right_by_example, placement)
+        right = net.by_example(self._right_by_example, placement)
+        self._count_right: Any = lambda params, *batch: jnp.sum(right(params, *batch))
         # The batch's shape is constant, so a second trace would mean a second compilation. chex
         # counts the traces of all trainers together.
         chex.clear_trace_counter()
@@ -93,7 +94,7 @@ class Trainer:
             )
         else:
             self._train_step = jax.jit(once(self._step), donate_argnums=0)
-            self._right = jax.jit(self._right)
+            self._count_right = jax.jit(self._count_right)
             self._forward = net.by_example(self._scores, placement)
 
     def init(self) -> TrainState:
@@ -104,29 +105,54 @@ class Trainer:
         """One step on a batch; `state` is used up."""
         return self._train_step(state, *self._put(batch))
 
-    def lower(self, batch_size: int, image_shape: tuple[int, ...]) -> jax.stages.Lowered:
-        """The training step, neither compiled nor run, for batches of images of one shape."""
-        state = jax.tree.map(
+    def everywhere(self, array: jax.Array) -> jax.Array:
+        """A whole array, such as a kernel, on every device."""
+        replicated = NamedSharding(self.net.mesh, PartitionSpec())
+        return jax.jit(lambda x: x, out_shardings=replicated)(array)
+
+    @property
+    def abstract_state(self) -> TrainState:
+        """Shapes, types and shardings of the state."""
+        return jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             jax.eval_shape(self._first_state, self._init_key),
             self._shardings,
         )
-        images, labels = (
-            jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=self.net.examples)
-            for shape, dtype in ((image_shape, np.uint8), ((), np.int32))
-        )
-        return self._train_step.lower(state, images, labels)
+
+    def lower(self, batch_size: int, image_shape: tuple[int, ...]) -> jax.stages.Lowered:
+        """The training step, neither compiled nor run, for batches of images of one shape."""
+        batch = self._abstract_batch(batch_size, image_shape)
+        return self._train_step.lower(self.abstract_state, *batch)
+
+    def compile(self, batch_size: int, image_shape: tuple[int, ...]) -> None:
+        """Compiles ahead of time what `step` and `accuracy` will run; not for pmap."""
+        batch = self._abstract_batch(batch_size, image_shape)
+        self._train_step.lower(self.abstract_state, *batch).compile()
+        self._count_right.lower(self.abstract_state.params, *batch).compile()
+
+    def _abstract_batch(
+        self, batch_size: int, image_shape: tuple[int, ...]
+    ) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        self.net.check_batch(batch_size)
+        examples = self.net.examples
+        images = jax.ShapeDtypeStruct((batch_size, *image_shape), np.uint8, sharding=examples)
+        return images, jax.ShapeDtypeStruct((batch_size,), np.int32, sharding=examples)
 
     def accuracy(self, params: Any, split: Split, batch_size: int) -> float:
         """Share of right answers on a whole split, from the middle of each image."""
         right = 0
         for batch in padded_batches(split, batch_size):
-            right += int(jnp.sum(self._right(params, *self._put(batch))))
+            right += int(self._count_right(params, *self._put(batch)))
         return right / len(split)
 
     def _put(self, batch: Split) -> tuple[jax.Array, jax.Array]:
+        """The batch on its devices; of several processes, each puts what its devices need."""
         self.net.check_batch(len(batch))
-        return jax.device_put((batch.images, batch.labels), self.net.examples)
+
+        def put(array: np.ndarray) -> jax.Array:
+            return jax.make_array_from_callback(array.shape, self.net.examples, array.__getitem__)
+
+        return put(batch.images), put(batch.labels)
 
     # The state. The optimizer's moments lie where the parameters do that they belong to.
 

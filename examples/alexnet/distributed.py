@@ -1,0 +1,178 @@
+"""A run of several processes: how they find each other, act as one, and end when one has died."""
+
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from alexnet.config import TrainConfig
+from alexnet.errors import UsageError
+
+SILENCE = 30
+"""Seconds without a sign of life after which a process counts as dead."""
+
+PATIENCE = 600
+"""Seconds that a process waits for the slower ones to load, to compile and to write."""
+
+# The runtime ends a process that cannot go on by abort(), which no Python code sees. This one waits
+# for the end of its input, that is of the process at the other end, and says the last line of it.
+WATCHER = """
+import sys
+last = ""
+for last in sys.stdin:
+    pass
+sys.stderr.write(last if last.strip() else "")
+"""
+
+# What the messages of errors that come from a lost process have in common, in lower case.
+LOST = ("gloo", "nccl", "coordination", "heartbeat", "barrier", "unavailable", "deadline", "socket")
+
+
+class Process:
+    """This process among those of a run.
+
+    Attributes:
+      way_back: options that go on with the run, once there is something to go on from.
+    """
+
+    def __init__(self):
+        self._watcher = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", WATCHER],
+            stdin=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C is not meant for it.
+        )
+        self._way_back = ""
+        self._expect_the_worst("error: this process could not join the others")
+
+    @property
+    def way_back(self) -> str:
+        return self._way_back
+
+    @way_back.setter
+    def way_back(self, options: str) -> None:
+        self._way_back = f"; go on with {options}"
+        self._expect_the_worst(self.lost_message)
+
+    def joined(self) -> None:
+        """From now on an end is that of another process, or of this one."""
+        self._expect_the_worst(self.lost_message)
+
+    @property
+    def lost_message(self) -> str:
+        """The one sentence that says what has happened."""
+        return (
+            f"error: process {jax.process_index()} of {jax.process_count()} has ended, because "
+            f"another one has died or it was killed itself{self._way_back}"
+        )
+
+    def end_by(self, error: BaseException) -> None:
+        """Ends the process at once, without waiting for others, and says why."""
+        code = 1
+        if isinstance(error, KeyboardInterrupt):
+            code = 130
+            print(f"stopped{self._way_back}", file=sys.stderr)
+        elif any(word in str(error).lower() for word in LOST):
+            print(self.lost_message, file=sys.stderr)
+        else:
+            traceback.print_exception(error)
+        sys.stderr.flush()
+        sys.stdout.flush()
+        self.close()
+        # What runs at a usual exit waits for processes that will not come.
+        os._exit(code)
+
+    def close(self) -> None:
+        """The process ends as it should."""
+        self._expect_the_worst("")
+        assert self._watcher.stdin is not None
+        self._watcher.stdin.close()
+        self._watcher.wait()
+
+    def _expect_the_worst(self, message: str) -> None:
+        assert self._watcher.stdin is not None
+        self._watcher.stdin.write(message + "\n")
+        self._watcher.stdin.flush()
+
+
+@contextmanager
+def joined(config: TrainConfig) -> Iterator[Process | None]:
+    """Among the processes that the settings name or the cluster has; None where there is one.
+
+    Raises:
+      UsageError: there are no others to be found.
+    """
+    if not config.several_processes:
+        yield None
+        return
+    process = Process()
+    try:
+        _initialize(config)
+        process.joined()
+        yield process
+        synchronize("done")
+    except (UsageError, FloatingPointError):
+        # All processes come to this, or the others notice within SILENCE.
+        process.close()
+        raise
+    except BaseException as error:
+        process.end_by(error)
+    process.close()
+
+
+def _initialize(config: TrainConfig) -> None:
+    try:
+        jax.distributed.initialize(
+            config.coordinator,
+            config.num_processes,
+            config.process_id,
+            heartbeat_timeout_seconds=SILENCE,
+            shutdown_timeout_seconds=SILENCE,
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        if config.coordinator is None:
+            raise UsageError(
+                f"--distributed finds no cluster ({reason}); name the processes with "
+                "--coordinator, --num-processes and --process-id"
+            ) from error
+        raise UsageError(f"cannot join the run at {config.coordinator}: {reason}") from error
+
+
+def is_first() -> bool:
+    """Whether this is the process that talks, draws and writes what is written once."""
+    return jax.process_index() == 0
+
+
+def synchronize(name: str) -> None:
+    """Waits until all processes are here."""
+    if jax.process_count() > 1:
+        ocp.multihost.sync_global_processes(name, timeout=PATIENCE)
+
+
+def agreed(number: int) -> int:
+    """The number of the first process, below 2**32."""
+    return int(multihost_utils.broadcast_one_to_all(np.uint32(number)))
+
+
+def by_the_first(action: Callable[[], None]) -> None:
+    """Lets the first process do something that the others wait for.
+
+    Raises:
+      UsageError: it went wrong, in every process.
+    """
+    refused = None
+    if is_first():
+        try:
+            action()
+        except UsageError as error:
+            refused = error
+    if agreed(refused is not None):
+        raise refused or UsageError("the first process cannot go on; see its message")
