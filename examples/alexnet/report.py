@@ -1,6 +1,7 @@
-"""What a run shows: where everything lives, and the filters of conv1 by tower."""
+"""What a run shows: where everything lives, what is exchanged, the filters of conv1 by tower."""
 
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from alexnet.training import Trainer, TrainState
+from grouped_conv_jax.models import AlexNetConfig, alexnet_exchanges
+from grouped_conv_jax.placement import Exchange, PlacementReport, placement_report
 from grouped_conv_jax.towers import DATA, GROUP
 
 
@@ -44,6 +48,39 @@ def show_placement(console: Console, mesh: jax.sharding.Mesh, towers: int, param
             f"{held[device] / whole:.0%}",
         )
     console.print(table)
+
+
+def training_report(
+    trainer: Trainer,
+    config: AlexNetConfig,
+    state: TrainState,
+    batch_size: int,
+    image_shape: tuple[int, ...],
+    *,
+    alone: Callable[[], Trainer] | None = None,
+) -> PlacementReport:
+    """What a training step exchanges and holds; compiles it, as the first step would.
+
+    Args:
+      trainer: whose step it is.
+      config: the net that it trains.
+      state: as the step gets it: arrays, or their `jax.ShapeDtypeStruct` with shardings.
+      batch_size: of all devices together.
+      image_shape: of the images that the step gets, before they are cropped.
+      alone: makes a trainer of the same net on one device, to compare the memory with.
+    """
+    mesh = trainer.net.mesh
+    exchanges = list(alexnet_exchanges(config, batch_size // mesh.shape[DATA], mesh.shape))
+    if mesh.shape[DATA] > 1:
+        # The means of the losses and of the right answers.
+        exchanges.append(Exchange("loss", "fprop", "all-reduce", (DATA,), 2 * 4))
+    return placement_report(
+        trainer.lower(batch_size, image_shape).compile(),
+        mesh,
+        exchanges=exchanges,
+        held={"parameters": state.params, "optimizer state": state.opt_state},
+        alone=alone and alone().lower(batch_size, image_shape).compile(),
+    )
 
 
 def save_filters(path: Path, kernel: Any, towers: int) -> None:

@@ -1,0 +1,81 @@
+"""What the report says of the training step, in each placement and as devices grow."""
+
+import numpy as np
+import placement_at_scale
+import pytest
+from test_alexnet import TINY
+
+from alexnet.report import training_report
+from alexnet.training import Normalization, Trainer, paper_optimizer, tower_net
+from grouped_conv_jax.towers import DATA, GROUP, Placement, make_mesh
+
+EXAMPLES = 4
+
+
+def trainer(data: int, group: int, placement: Placement = "shard_map") -> Trainer:
+    return Trainer(
+        tower_net(TINY, make_mesh(data, group), None),
+        paper_optimizer(0.1, momentum=0.9, weight_decay=0.0),
+        image_size=32,
+        normalization=Normalization(np.zeros(3, np.float32), np.ones(3, np.float32)),
+        flip=False,
+        seed=0,
+        placement=placement,
+    )
+
+
+def report(data: int, group: int, placement: Placement = "shard_map", **options):
+    run = trainer(data, group, placement)
+    return training_report(run, TINY, run.init(), data * EXAMPLES, (36, 36, 3), **options)
+
+
+def moved(report, axis):
+    return sum(row.compiled_nbytes for row in report.rows if row.axes == (axis,))
+
+
+@pytest.mark.parametrize(("data", "group"), [(1, 2), (2, 2)])
+def test_shard_map_moves_what_was_computed_and_nothing_else(data, group):
+    found = report(data, group)
+    assert found.notes == ()
+    assert all(row.compiled_nbytes == row.computed_nbytes > 0 for row in found.rows)
+    assert {row.layer for row in found.rows if row.axes == (GROUP,)} == {
+        "conv3",
+        "fc6",
+        "fc7",
+        "fc8",
+    }
+
+
+def test_jit_moves_no_more():
+    """A sum may be an all-reduce where a reduce-scatter is enough, of the same bytes."""
+    found = report(2, 2, "jit")
+    assert not any(row.excess for row in found.rows)
+    assert all(note.endswith("all-reduce instead of reduce-scatter") for note in found.notes)
+
+
+def test_pmap_sums_the_gradient_of_the_logits_once_more():
+    """Its sum has a sum for a transpose, and the last bias has a copy on each device."""
+    found = report(2, 2, "pmap")
+    logits, bias = EXAMPLES * TINY.num_classes * 4, TINY.num_classes * 4
+    excess = {(row.layer, row.axes): row.excess for row in found.rows if row.excess}
+    assert excess.pop(("fc8", (GROUP,))) == logits
+    assert [(axes, n) for (_, axes), n in excess.items()] == [((DATA, GROUP), bias)]
+
+
+def test_memory_against_one_device():
+    found = report(1, 2, alone=lambda: trainer(1, 1))
+    assert [m.name for m in found.memory][:2] == ["parameters", "optimizer state"]
+    for m in found.memory:
+        assert m.alone is not None
+        assert 0.4 * m.alone < m.nbytes < 0.7 * m.alone
+
+
+def test_what_is_exchanged_does_not_grow_with_the_examples_devices():
+    lines = [placement_at_scale.compile_step(TINY, make_mesh(data, 2), EXAMPLES) for data in (2, 4)]
+    for axis in (DATA, GROUP):
+        small, large = (line.moved(axis) for line in lines)
+        assert small == large > 0
+    assert lines[0].counts(GROUP) == "3 all-gather, 1 all-reduce, 3 reduce-scatter"
+    page = placement_at_scale.page(lines, placement_at_scale.Options(examples=EXAMPLES))
+    assert "| 8 | 4 x 2 | 2 | 3 all-gather, 1 all-reduce, 3 reduce-scatter |" in page
+    assert "each moves, layer by layer, what was computed, and nothing else." in page
