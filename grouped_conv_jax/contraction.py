@@ -11,7 +11,8 @@ the forward convolution as parameters, is closed under differentiation to any or
 
 Batching is one table. In letters x is [N, (G C)], w is [(G O), C] and y is [N, (G O)]; each of
 N, G, C and O stands in exactly the arrays that a mapped axis can stand in together, so the mapped
-axis becomes part of the letter that the mapped operands and the result share.
+axis becomes part of the letter that the mapped operands and the result share. It does so on each
+device by itself: until then it is an axis of its own in the spec, so that it can be sharded.
 """
 
 from typing import Any
@@ -77,7 +78,7 @@ def _aligned(first: Any, second: Any) -> tuple[Any, Any]:
 def _abstract_eval(first, second, *, contraction, spec, implementation, out_sharding):
     role = RESULT[contraction]
     if out_sharding is None:
-        unsharded = PartitionSpec(*[None] * first.ndim)
+        unsharded = PartitionSpec(*[None] * len(spec.shape(role)))
         out_sharding = NamedSharding(first.sharding.mesh, unsharded)
     return first.update(
         shape=spec.shape(role),
@@ -126,30 +127,18 @@ def _batching_rule(axis_data, operands, axes, *, contraction, spec, implementati
     params = {"contraction": contraction, "implementation": implementation}
     if axes == (None, None):
         return grouped_conv_p.bind(*operands, spec=spec, out_sharding=out_sharding, **params), None
-    if axis_data.size == 0:
-        return jnp.zeros((0, *spec.shape(result)), spec.role_dtype(result)), 0
     mapped: set[Role] = {result}
     mapped |= {role for role, axis in zip(roles, axes, strict=True) if axis is not None}
-    factor = _FACTOR[frozenset(mapped)]
-
-    def folded(*operands):
-        operands = (
-            x if axis is None else spec.fold(role, factor, x, axis)
-            for role, x, axis in zip(roles, operands, axes, strict=True)
-        )
-        larger = spec.folded(factor, axis_data.size)
-        out = contract(*operands, spec=larger, out_sharding=None, **params)
-        return spec.unfold(result, factor, out, axis_data.size)
-
-    axis, _ = spec.place(result, factor)
-    if out_sharding is None:
-        return folded(*operands), axis
-    # Each example is sharded as it would be alone, and the mapped axis as it was.
-    partitions = [*out_sharding.spec]
-    partitions += [None] * (len(spec.shape(result)) - len(partitions))
-    partitions.insert(axis, axis_data.explicit_mesh_axis)
-    sharding = NamedSharding(out_sharding.mesh, PartitionSpec(*partitions))
-    return untyped(folded, sharding)(*operands), axis
+    if out_sharding is not None:
+        # Each example is sharded as it would be alone, and the mapped axis as it was.
+        dimensions = (axis_data.explicit_mesh_axis, *out_sharding.spec)
+        out_sharding = NamedSharding(out_sharding.mesh, PartitionSpec(*dimensions))
+    operands = (
+        x if axis is None else jnp.moveaxis(x, axis, 0)
+        for x, axis in zip(operands, axes, strict=True)
+    )
+    larger = spec.mapped_over(_FACTOR[frozenset(mapped)], axis_data.size)
+    return contract(*operands, spec=larger, out_sharding=out_sharding, **params), 0
 
 
 batching.fancy_primitive_batchers[grouped_conv_p] = _batching_rule
@@ -165,9 +154,12 @@ def _lowering_rule(platform: str):
             result = RESULT[contraction]
             if spec.is_empty:
                 return jnp.zeros(spec.shape(result), spec.role_dtype(result))
-            name = selection.resolve(implementation, contraction, spec, platform)
+            merged = spec.merged()
+            name = selection.resolve(implementation, contraction, merged, platform)
+            first, second = map(spec.merge, OPERANDS[contraction], (first, second))
             with jax.named_scope(f"grouped_conv.{contraction}.{name}"):
-                return getattr(TABLE[name], contraction)(first, second, spec)
+                out = getattr(TABLE[name], contraction)(first, second, merged)
+            return spec.split(result, out)
 
         def on_one_device(first, second, spec):
             return contract(

@@ -2,11 +2,11 @@
 
 Under plain `jit` XLA's partitioner asks here: it brings the shardings that it found for the two
 operands and the result, and gets back those to bring them into, and what each device computes on
-its part. A mesh axis splits one factor of the contraction: the batch N, the groups G, the outputs
-O or the inputs C of a group, or a spatial dimension. If the factor is in all three arrays, or in
-both operands or one of them and the result, the work is local; if it is summed over, there is one
-all-reduce of the result, or a reduce-scatter if that is to be sharded over the same axis; a
-spatial factor has a halo exchange. This module knows nothing of differentiation.
+its part. A mesh axis splits one part of the contraction: the batch N, the groups G, the outputs O
+or the inputs C of a group, an axis of `jax.vmap`, or a spatial dimension. If the result has the
+part, the work is local; if it is summed over, there is one all-reduce of the result, or a
+reduce-scatter if that is to be sharded over the same axis; along a spatial dimension neighbours
+exchange halos. This module knows nothing of differentiation.
 
 Axes of the mesh are cut into axes of prime size, so that one of 8 devices can go to 4 groups and
 to 2 parts of each. (Shardy does likewise; what it finds cannot always be said with whole axes.)
@@ -30,10 +30,7 @@ from jax.interpreters import mlir
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from grouped_conv_jax.halo import Halo
-from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec, Factor, Role
-
-Split = Factor | int
-"""What a mesh axis can split: a factor by its letter, or a spatial dimension by its number."""
+from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec, MappedAxis, Part, Role
 
 Axes = tuple[str, ...]
 Dimensions = tuple[Axes, ...]
@@ -115,24 +112,24 @@ class Plan:
     contraction: Contraction
     spec: ConvSpec
     sizes: Mapping[str, int]
-    split: Mapping[Split, Axes]
+    split: Mapping[Part, Axes]
     scattered: Mapping[int, Axes] = dataclasses.field(default_factory=dict)
 
     def sharded(self, role: Role) -> Dimensions:
         """The axes of each dimension of an array, as the partitioned program takes or gives it."""
         dimensions = [()] * len(self.spec.shape(role))
-        for factor, axes in self.split.items():
-            at = self.spec.dimension(role, factor)
+        for part, axes in self.split.items():
+            at = self.spec.dimension(role, part)
             if at is not None:
-                # The groups are put in first, and are the outer factor.
+                # The groups are put in first, and are the outer part of the features.
                 dimensions[at] += axes
         if role == RESULT[self.contraction]:
             for at, axes in self.scattered.items():
                 dimensions[at] += axes
         return tuple(dimensions)
 
-    def parts(self, *factors: Split) -> int:
-        return math.prod(self.sizes[a] for f in factors for a in self.split.get(f, ()))
+    def parts(self, *which: Part) -> int:
+        return math.prod(self.sizes[a] for part in which for a in self.split.get(part, ()))
 
     @functools.cached_property
     def halos(self) -> dict[int, Halo]:
@@ -145,15 +142,16 @@ class Plan:
     def local_spec(self) -> ConvSpec:
         """Of the convolution that one device does, halos included."""
         spec, padding = self.spec, list(self.spec.padding)
+        numbers = spec.dimension_numbers
         lhs, rhs = list(spec.lhs_shape), list(spec.rhs_shape)
-        batch, features = spec.layout("lhs")[:2]
-        outputs, inputs = spec.layout("rhs")[:2]
+        batch, features, *spatial = numbers.lhs_spec
+        outputs, inputs, *_ = numbers.rhs_spec
         lhs[batch] = math.ceil(lhs[batch] / self.parts("N"))
         lhs[features] //= self.parts("G", "C")
         rhs[outputs] //= self.parts("G", "O")
         rhs[inputs] //= self.parts("C")
         for i, halo in self.halos.items():
-            lhs[spec.spatial_dimensions("lhs")[i]] = halo.rows
+            lhs[spatial[i]] = halo.rows
             padding[i] = halo.padding
         return dataclasses.replace(
             spec,
@@ -161,6 +159,10 @@ class Plan:
             rhs_shape=tuple(rhs),
             padding=tuple(padding),
             feature_group_count=spec.feature_group_count // self.parts("G"),
+            mapped=tuple(
+                (factor, size // self.parts(MappedAxis(i)))
+                for i, (factor, size) in enumerate(spec.mapped)
+            ),
         )
 
     def compute(self, local: Callable, first: jax.Array, second: jax.Array) -> jax.Array:
@@ -180,7 +182,7 @@ class Plan:
         if self.contraction == "dgrad":
             block = jax.ShapeDtypeStruct(self._block_shape(), out.dtype)
             (out,) = jax.linear_transpose(self._exchanged, block)(out)
-        summed = [a for factor, axes in self.split.items() if self.sums(factor) for a in axes]
+        summed = [a for part, axes in self.split.items() if self.sums(part) for a in axes]
         for at, axes in self.scattered.items():
             out = lax.psum_scatter(out, axes, scatter_dimension=at, tiled=True)
             summed = [a for a in summed if a not in axes]
@@ -194,7 +196,7 @@ class Plan:
 
     def _block_shape(self) -> tuple[int, ...]:
         """Of the input on one device, without the halo."""
-        shape = list(self.local_spec.lhs_shape)
+        shape = list(self.local_spec.shape("lhs"))
         for i, halo in self.halos.items():
             shape[self.spec.spatial_dimensions("lhs")[i]] = halo.block
         return tuple(shape)
@@ -203,19 +205,19 @@ class Plan:
         """Zeros for what is undefined, where it would get into a sum: the elements past the end
         of the whole array, on the last devices, of a batch or of rows that do not divide.
         """
-        for factor, axes in self.split.items():
-            at = self.spec.dimension(role, factor)
-            if at is None or not (factor == "N" and self.sums("N") or isinstance(factor, int)):
+        for part, axes in self.split.items():
+            at = self.spec.dimension(role, part)
+            if at is None or not ((part == "N" and self.sums("N")) or isinstance(part, int)):
                 continue
             size = self.spec.shape(role)[at]
-            if x.shape[at] * self.parts(factor) > size:
+            if x.shape[at] * self.parts(part) > size:
                 positions = lax.broadcasted_iota(np.int32, x.shape, at)
                 positions += lax.axis_index(axes) * x.shape[at]
                 x = jnp.where(positions < size, x, jnp.zeros_like(x))
         return x
 
-    def sums(self, factor: Split) -> bool:
-        return self.spec.dimension(RESULT[self.contraction], factor) is None
+    def sums(self, part: Part) -> bool:
+        return self.spec.dimension(RESULT[self.contraction], part) is None
 
     # Which splits there can be, and what they cost.
 
@@ -223,25 +225,29 @@ class Plan:
         """The plans in which one more axis splits something; last this one, in which every
         device on that axis does the same.
         """
-        for factor in ("G", "N", *range(len(self.spec.window_strides)), "O", "C"):
-            split = {**self.split, factor: (*self.split.get(factor, ()), axis)}
+        mapped = map(MappedAxis, range(len(self.spec.mapped)))
+        parts: tuple[Part, ...] = (*mapped, "G", "N", *range(len(self.spec.window_strides)))
+        for part in (*parts, "O", "C"):
+            split = {**self.split, part: (*self.split.get(part, ()), axis)}
             plan = dataclasses.replace(self, split=split)
-            if plan._is_possible(factor):
+            if plan._is_possible(part):
                 yield plan
         yield self
 
-    def _is_possible(self, factor: Split) -> bool:
+    def _is_possible(self, part: Part) -> bool:
         spec, groups = self.spec, self.spec.feature_group_count
-        if isinstance(factor, int):
-            return Halo.of(spec, factor, self.parts(factor)) is not None
-        if factor == "N":
-            return spec.lhs_shape[spec.layout("lhs")[0]] >= self.parts("N")
-        if factor == "G":
+        if isinstance(part, MappedAxis):
+            return spec.mapped[part.index][1] % self.parts(part) == 0
+        if isinstance(part, int):
+            return Halo.of(spec, part, self.parts(part)) is not None
+        if part == "N":
+            return spec.lhs_shape[spec.dimension_numbers.lhs_spec[0]] >= self.parts("N")
+        if part == "G":
             return groups % self.parts("G") == 0
         # A part of the features is a part of a group only where a device has one group.
-        outputs, inputs = (spec.rhs_shape[d] for d in spec.layout("rhs")[:2])
-        size = inputs if factor == "C" else outputs // groups
-        return groups == self.parts("G") and size % self.parts(factor) == 0
+        outputs, inputs = (spec.rhs_shape[d] for d in spec.dimension_numbers.rhs_spec[:2])
+        size = inputs if part == "C" else outputs // groups
+        return groups == self.parts("G") and size % self.parts(part) == 0
 
     def cost(self, axis: str, given: Mapping[Role, Dimensions]) -> tuple[bool, float]:
         """Whether an operand has to be moved between the devices of an axis before anything is
@@ -297,7 +303,7 @@ class Plan:
         return dataclasses.replace(self, scattered=scattered)
 
     def _sums_over(self, axis: str) -> bool:
-        return any(axis in axes and self.sums(factor) for factor, axes in self.split.items())
+        return any(axis in axes and self.sums(part) for part, axes in self.split.items())
 
 
 def choose(
@@ -323,7 +329,7 @@ def sharding_rule(contraction: Contraction, spec: ConvSpec) -> tuple[str, dict[s
     A factor of size 1 may not stand beside another one; and those that never stand alone must
     have their sizes given, the others must not.
     """
-    outputs, inputs = (spec.rhs_shape[d] for d in spec.layout("rhs")[:2])
+    outputs, inputs = (spec.rhs_shape[d] for d in spec.dimension_numbers.rhs_spec[:2])
     groups = spec.feature_group_count
     sizes = {"g": groups, "c": inputs, "o": outputs // groups}
     features = {
@@ -335,8 +341,9 @@ def sharding_rule(contraction: Contraction, spec: ConvSpec) -> tuple[str, dict[s
 
     def value(role: Role) -> str:
         dimensions = [""] * len(spec.shape(role))
-        spatial = spec.spatial_dimensions(role)
-        for i, d in enumerate(spatial):
+        for d, i in enumerate(spec.mapped_axes(role)):
+            dimensions[d] = f"m{i}"
+        for i, d in enumerate(spec.spatial_dimensions(role)):
             dimensions[d] = f"{'k' if role == 'rhs' else 'x'}{i}"
         for letters, d in zip(features[role], spec.layout(role), strict=False):
             factors = [f for f in letters if sizes.get(f) != 1]

@@ -10,7 +10,8 @@ Letters: N batch, G groups, C input features per group, O output features per gr
 import dataclasses
 import functools
 import math
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,16 @@ Role = Literal["lhs", "rhs", "out"]
 """The three arguments of the trilinear form: the input, the kernel and the output."""
 
 Factor = Literal["N", "G", "C", "O"]
+
+
+class MappedAxis(NamedTuple):
+    """An axis that `jax.vmap` has put before the others, by its number in `ConvSpec.mapped`."""
+
+    index: int
+
+
+Part = Factor | int | MappedAxis
+"""What devices can share: a factor, a spatial dimension by its number, or a mapped axis."""
 
 Contraction = Literal["fprop", "dgrad", "wgrad"]
 """What is computed from the other two: the output, the input's gradient, the kernel's."""
@@ -54,6 +65,10 @@ class ConvSpec:
     Attributes are those of `jax.lax.conv_general_dilated` in canonical form: tuples of integers,
     padding as pairs, `dimension_numbers` as a `ConvDimensionNumbers` of tuples. `dtype` is that of
     both operands, `out_dtype` that of the result (`preferred_element_type`).
+
+    `mapped` are the axes over which `jax.vmap` has mapped the convolution, the outermost first:
+    each with its size, and the factor that it multiplies. The arrays that have the factor have the
+    axis, before the dimensions of `lhs_shape`, `rhs_shape` and `out_shape`.
     """
 
     lhs_shape: tuple[int, ...]
@@ -67,13 +82,22 @@ class ConvSpec:
     dimension_numbers: lax.ConvDimensionNumbers
     feature_group_count: int
     precision: Any
+    mapped: tuple[tuple[Factor, int], ...] = ()
 
     # Where things are.
 
     def layout(self, role: Role) -> tuple[int, ...]:
         """Positions of the dimensions of one array: (batch or outputs, features, *spatial)."""
+        before = len(self.mapped_axes(role))
+        return tuple(before + d for d in self._own_layout(role))
+
+    def _own_layout(self, role: Role) -> Sequence[int]:
         lhs, rhs, out = self.dimension_numbers
-        return tuple({"lhs": lhs, "rhs": rhs, "out": out}[role])
+        return {"lhs": lhs, "rhs": rhs, "out": out}[role]
+
+    def mapped_axes(self, role: Role) -> list[int]:
+        """Which of the mapped axes an array has, in the order of its first dimensions."""
+        return [i for i, (factor, _) in enumerate(self.mapped) if (role, factor) in _PLACES]
 
     def group_dimension(self, role: Role) -> int:
         """The dimension whose outer factor is the group: (G C), (G O) and (G O)."""
@@ -82,22 +106,23 @@ class ConvSpec:
     def spatial_dimensions(self, role: Role) -> tuple[int, ...]:
         return self.layout(role)[2:]
 
-    def dimension(self, role: Role, factor: Factor | int) -> int | None:
-        """Where a factor, or the spatial dimension of a number, lives: None if nowhere. The taps
-        of the kernel are no part of a spatial dimension.
+    def dimension(self, role: Role, part: Part) -> int | None:
+        """Where a part lives in an array: None if nowhere. The taps of the kernel are no part of a
+        spatial dimension.
         """
-        if isinstance(factor, int):
-            return None if role == "rhs" else self.spatial_dimensions(role)[factor]
-        if (role, factor) not in _PLACES:
-            return None
-        return self.place(role, factor)[0]
+        if isinstance(part, MappedAxis):
+            axes = self.mapped_axes(role)
+            return axes.index(part.index) if part.index in axes else None
+        if isinstance(part, int):
+            return None if role == "rhs" else self.spatial_dimensions(role)[part]
+        return self.place(role, part)[0] if (role, part) in _PLACES else None
 
     # How large they are.
 
     @functools.cached_property
     def out_shape(self) -> tuple[int, ...]:
-        batch = self.lhs_shape[self.layout("lhs")[0]]
-        features = self.rhs_shape[self.layout("rhs")[0]]
+        batch = self.lhs_shape[self._own_layout("lhs")[0]]
+        features = self.rhs_shape[self._own_layout("rhs")[0]]
         canonical = lax.conv_shape_tuple(
             (batch, 1, *self.extent("lhs")),
             (features, 1, *self.extent("rhs")),
@@ -106,10 +131,12 @@ class ConvSpec:
         )
         # lax computes them as NumPy integers, but for the symbolic ones.
         sizes = [int(n) if isinstance(n, np.integer) else n for n in canonical]
-        return tuple(sizes[i] for i in np.argsort(self.layout("out")))
+        return tuple(sizes[i] for i in np.argsort(self._own_layout("out")))
 
     def shape(self, role: Role) -> tuple[int, ...]:
-        return getattr(self, f"{role}_shape")
+        """Of an array, mapped axes and all."""
+        own: tuple[int, ...] = getattr(self, f"{role}_shape")
+        return (*(self.mapped[i][1] for i in self.mapped_axes(role)), *own)
 
     def role_dtype(self, role: Role) -> np.dtype:
         return self.out_dtype if role == "out" else self.dtype
@@ -129,15 +156,54 @@ class ConvSpec:
     @property
     def is_empty(self) -> bool:
         """Whether an array has no elements, so that there is nothing to compute."""
-        return 0 in (*self.lhs_shape, *self.rhs_shape, *self.out_shape)
+        return any(0 in self.shape(role) for role in ("lhs", "rhs", "out"))
 
     @property
     def multiply_adds(self) -> int:
         """Multiply-adds of any of the three contractions, padding counted as if it were data."""
-        inputs_per_group = self.rhs_shape[self.layout("rhs")[1]]
-        return math.prod(self.out_shape) * math.prod(self.spatial_shape("rhs")) * inputs_per_group
+        inputs_per_group = self.rhs_shape[self._own_layout("rhs")[1]]
+        taps = math.prod(self.spatial_shape("rhs"))
+        times = math.prod(size for _, size in self.mapped)
+        return times * math.prod(self.out_shape) * taps * inputs_per_group
 
-    # Folding one more axis into the convolution, for vmap and for an explicit group axis.
+    # The mapped axes.
+
+    def mapped_over(self, factor: Factor, size: int) -> "ConvSpec":
+        """The spec of as many of these convolutions, along a new first axis."""
+        return dataclasses.replace(self, mapped=((factor, size), *self.mapped))
+
+    def merged(self) -> "ConvSpec":
+        """The spec of the one convolution that all the mapped ones are together."""
+        spec = dataclasses.replace(self, mapped=())
+        for factor, size in reversed(self.mapped):
+            spec = spec.folded(factor, size)
+        return spec
+
+    def merge(self, role: Role, x: jax.Array) -> jax.Array:
+        """An array with its mapped axes as `merged` has it."""
+        if not self.mapped:
+            return x
+        (factor, _), *others = self.mapped
+        inner = dataclasses.replace(self, mapped=tuple(others))
+        if (role, factor) not in _PLACES:
+            return inner.merge(role, x)
+        x = jax.vmap(functools.partial(inner.merge, role))(x)
+        return inner.merged().fold(role, factor, x, 0)
+
+    def split(self, role: Role, x: jax.Array) -> jax.Array:
+        """Undoes `merge`."""
+        if not self.mapped:
+            return x
+        (factor, size), *others = self.mapped
+        inner = dataclasses.replace(self, mapped=tuple(others))
+        if (role, factor) not in _PLACES:
+            return inner.split(role, x)
+        merged = inner.merged()
+        x = jnp.moveaxis(merged.unfold(role, factor, x, size), merged.place(role, factor)[0], 0)
+        return jax.vmap(functools.partial(inner.split, role))(x)
+
+    # Folding one more axis into a convolution without mapped ones: for those, and for an explicit
+    # group axis.
 
     def place(self, role: Role, factor: Factor) -> tuple[int, int]:
         """Where a factor lives: (dimension, how many blocks of that dimension are outside it)."""

@@ -476,14 +476,24 @@ def test_transformed_on_a_mesh_is_as_on_one_device(transform, implementation):
 def test_transformed_on_a_mesh_is_local(transform):
     case = dense("transformed", (8, 5, 6, 8), (3, 2, 2, 12), groups=4)
     x, w, _ = placed(case)
-    if transform in (per_example, ensemble):
-        # The mapped axis is folded into a dimension, beside what shards that.
-        w = jax.device_put(w, NamedSharding(MESH, P()))
-        x = jax.device_put(x, NamedSharding(MESH, P("data")))
     program = jax.jit(transform(case.conv())).lower(x, w).compile()
     found = collectives(program, MESH)
     # Sums over the batch for kernel gradients, and scalars; nothing is gathered.
     assert {c.kind for c in found} <= {"all-reduce"}
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_mapped_axis_can_be_sharded_and_the_batch_beside_it(axis):
+    # Frames of videos: mapped over the frames, or over the videos.
+    case = dense("frames", (8, 5, 6, 8), (3, 2, 2, 12), groups=4)
+    videos = jax.ShapeDtypeStruct(
+        (8, 4, *case.lhs[1:]), np.float32, sharding=NamedSharding(MESH, P("data", "group"))
+    )
+    kernel = jax.ShapeDtypeStruct(case.rhs, np.float32, sharding=NamedSharding(MESH, P()))
+    mapped = jax.vmap(case.conv(), (axis, None), axis)
+    program = jax.jit(mapped).lower(videos, kernel).compile()
+    assert collectives(program, MESH) == []
+    assert program.output_shardings.spec[:2] == ("data", "group")
 
 
 def test_jit_of_several_devices_from_outside_jit_and_from_shardings_without_a_mesh():

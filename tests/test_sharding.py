@@ -12,6 +12,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_values import assert_matches_the_oracle, value_and_gradients
 
+from grouped_conv_jax.collectives import collectives
+
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 GROUPS = 4
@@ -321,11 +323,95 @@ def test_second_order_on_explicit_axes(implementation):
 
 
 @pytest.mark.usefixtures("explicit")
-def test_what_needs_an_out_sharding_asks_for_it_as_lax_does():
-    x, w, _ = place((P("data"), KERNEL, BATCHED))
-    for conv in (CASE.conv(), CASE.lax_conv()):
-        with pytest.raises(Exception, match="out_sharding"):
-            conv(x, w)
+@every_implementation
+@pytest.mark.parametrize(
+    ("lhs", "rhs", "out"),
+    [
+        (BATCHED, KERNEL, BATCHED),
+        (BATCHED, P(), BATCHED),
+        (P("data"), KERNEL, BATCHED),
+        (KERNEL, KERNEL, KERNEL),
+        (P(None, None, None, ("group", "data")), P(), P(None, None, None, ("group", "data"))),
+        (P(None, "data", None, "group"), P(), P(None, "data", None, "group")),
+    ],
+    ids=str,
+)
+def test_the_sharding_of_the_result_follows_from_the_operands(lhs, rhs, out, implementation):
+    # Eight groups, for eight devices, and eight rows.
+    case = Case("explicit", (8, 16, 6, 16), (3, 2, 2, 24), {
+        **CASE.arguments, "feature_group_count": 8
+    })  # fmt: skip
+    operands = case.random()
+    placed = [jax.device_put(a, spec) for a, spec in zip(operands, (lhs, rhs, out), strict=True)]
+    compute = value_and_gradients(case.conv(implementation))
+    actual = compute(*placed)
+    assert [spec_of(a) for a in actual] == [out, lhs, rhs]
+    assert_matches_the_oracle(actual, case, operands)
+    # Everything stays where it is; only rows need those of the neighbours.
+    program = jax.jit(case.conv(implementation)).lower(*placed[:2]).compile()
+    sent = {c.kind for c in collectives(program, jax.sharding.get_mesh())}
+    assert sent == ({"collective-permute"} if "data" in lhs[1:2] else set())
+
+
+@pytest.mark.usefixtures("explicit")
+def test_outputs_may_be_sharded_within_a_group():
+    case = Case("dense", CASE.lhs, (3, 2, 8, 12), {**CASE.arguments, "feature_group_count": 1})
+    operands = case.random()
+    for lhs in (P("data"), BATCHED):
+        x, w, y = map(jax.device_put, operands, (lhs, KERNEL, BATCHED))
+        actual = value_and_gradients(case.conv())(x, w, y)
+        assert [spec_of(a) for a in actual] == [BATCHED, lhs, KERNEL]
+        assert_matches_the_oracle(actual, case, operands)
+
+
+@pytest.mark.usefixtures("explicit")
+@pytest.mark.parametrize(
+    ("groups", "lhs", "rhs", "message"),
+    [
+        (4, BATCHED, P(None, None, "group"), "rhs is sharded over 'group' in its input features"),
+        (4, P(), P("group"), "rhs is sharded over 'group' in its input features or its taps"),
+        (4, BATCHED, P(None, None, None, "data"), "features of lhs .* 'group', and the outputs"),
+        (4, P("data"), P(None, None, None, "data"), "sharded twice over 'data', 'data'"),
+        (1, BATCHED, P(), "2 devices, which cuts through its feature_group_count=1, so"),
+        (4, P(None, None, "group"), P(), "'group' .2 devices. would not divide dimension 2"),
+    ],
+)
+def test_what_does_not_follow_is_refused_with_the_mend(groups, lhs, rhs, message):
+    x = jax.device_put(np.ones((8, 5, 6, 8), np.float32), lhs)
+    w = jax.device_put(np.ones((4, 4, 8 // groups, 12), np.float32), rhs)
+    conv = functools.partial(
+        CASE.conv(padding="VALID", window_strides=(1, 1), feature_group_count=groups)
+    )
+    with pytest.raises(ValueError, match=message) as error:
+        jax.jit(conv)(x, w)
+    assert "out_sharding=jax.P(...)" in str(error.value)
+    assert "jax.sharding.reshard" in str(error.value)
+    # It does once it is said.
+    said = jax.jit(
+        CASE.conv(
+            padding="VALID",
+            window_strides=(1, 1),
+            feature_group_count=groups,
+            out_sharding=P("data"),
+        )
+    )(x, w)
+    assert spec_of(said) == P("data")
+    expected = np.full(said.shape, 16 * 8 / groups)
+    np.testing.assert_array_equal(said, expected)
+
+
+@pytest.mark.usefixtures("explicit")
+@every_implementation
+def test_gradients_for_each_example_on_explicit_axes(implementation):
+    x, w, _ = place((BATCHED, KERNEL, BATCHED))
+    conv = CASE.conv(implementation)
+    each = jax.vmap(jax.grad(lambda w, x: wave(conv)(x[None], w)), (None, 0))
+    actual = jax.jit(each)(w, x)
+    assert spec_of(actual) == P("data", *KERNEL)
+    x, w = (np.asarray(a) for a in (x, w))
+    expected = [jax.grad(lambda w, x=x: wave(CASE.lax_conv())(x[None], w))(w) for x in x]
+    length = oracle.lengths(*CASE.shapes, **CASE.arguments)
+    oracle.assert_close(actual, np.stack(expected), length[0] * length[2])
 
 
 @pytest.mark.usefixtures("explicit")

@@ -92,6 +92,19 @@ def test_a_fold_grows_the_arrays_that_have_the_letter_and_no_others():
         assert grown == (3 if factor in letters[role] else 1)
 
 
+@pytest.mark.parametrize("factors", ["N", "OC", "GNO"])
+def test_merge_and_split_are_inverses(factors):
+    spec = spec_of(named("NHWC")[0])
+    for size, factor in enumerate(factors, start=2):
+        spec = spec.mapped_over(factor, size)
+    for role in get_args(Role):
+        x = jnp.arange(np.prod(spec.shape(role))).reshape(spec.shape(role))
+        merged = spec.merge(role, x)
+        assert merged.shape == spec.merged().shape(role)
+        np.testing.assert_array_equal(spec.split(role, merged), x)
+    assert spec.merged().multiply_adds == spec.multiply_adds
+
+
 def test_one_group_is_the_dense_convolution_of_each():
     spec = spec_of(named("NCHW")[0]).one_group()
     assert spec.feature_group_count == 1

@@ -264,7 +264,7 @@ def test_only_the_letter_that_the_mapped_arrays_share_grows(contraction, mapped,
     for role, before, after in zip(roles, plain.invars, batched.invars, strict=True):
         factor = size if grown in LETTERS[role] else 1
         assert after.aval.size == factor * before.aval.size
-    groups = [e.params["spec"].feature_group_count for e in (plain, batched)]
+    groups = [e.params["spec"].merged().feature_group_count for e in (plain, batched)]
     assert groups[1] == groups[0] * (size if grown == "G" else 1)
     assert batched.params["contraction"] == contraction
     assert "broadcast_in_dim" not in primitives(jax.vmap(compute, in_axes), *operands)
@@ -274,8 +274,10 @@ def test_mapped_kernels_make_more_outputs_of_the_same_groups():
     (case,) = named("NCHW")
     kernels = jnp.ones((3, *case.rhs))
     (equation,) = convolutions(jax.vmap(case.conv(), (None, 0)), jnp.ones(case.lhs), kernels)
-    assert [v.aval.shape for v in equation.invars] == [(2, 4, 7, 6), (3 * 6, 2, 3, 2)]
-    assert equation.params["spec"].feature_group_count == 2
+    assert [v.aval.shape for v in equation.invars] == [(2, 4, 7, 6), (3, 6, 2, 3, 2)]
+    merged = equation.params["spec"].merged()
+    assert (merged.lhs_shape, merged.rhs_shape) == ((2, 4, 7, 6), (3 * 6, 2, 3, 2))
+    assert merged.feature_group_count == 2
 
 
 def test_a_named_axis_of_vmap_reduces_gradients():
