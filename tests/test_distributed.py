@@ -1,0 +1,182 @@
+"""Runs of several processes, on this machine: the losses of one process, and an end for all."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from test_data import save_classes
+from train_alexnet import set_up, train_epoch
+
+from alexnet.config import TrainConfig
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "train_alexnet.py"
+
+SETTINGS = dict(batch_size=8, learning_rate=1e-3)
+
+QUICK = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Where there are images to train on."""
+    save_classes(tmp_path / "images", {"a": 40, "b": 40})
+    return tmp_path
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@contextmanager
+def started(folder: Path, count: int, *arguments) -> Iterator[list[subprocess.Popen]]:
+    """The script in several processes, each with its own folder for what it says."""
+    port = free_port()
+    processes = []
+    for number in range(count):
+        options = ("--coordinator", f"127.0.0.1:{port}") if count > 1 else ()
+        if count > 1:
+            options += ("--num-processes", str(count), "--process-id", str(number))
+        with (folder / f"{number}.out").open("w") as out, (folder / f"{number}.err").open("w") as e:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-u", SCRIPT, *map(str, arguments), *options],
+                    cwd=folder,
+                    stdout=out,
+                    stderr=e,
+                    env=QUICK,
+                )
+            )
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def train(folder: Path, count: int, *arguments) -> None:
+    """The script to its end."""
+    with started(folder, count, *arguments) as processes:
+        for number, process in enumerate(processes):
+            assert process.wait(timeout=300) == 0, (folder / f"{number}.err").read_text()
+
+
+def new_run(mesh: tuple[int, int], epochs: int) -> tuple:
+    options = {"data": "folder:images", "run-dir": "run", "epochs": epochs, **SETTINGS}
+    named = (x for name, value in options.items() for x in ("--" + name.replace("_", "-"), value))
+    return *named, "--mesh", *mesh
+
+
+def evaluations(folder: Path) -> list[dict]:
+    path = folder / "run" / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def evaluations_of_one_process(folder: Path, epochs: int, of: int) -> list[dict]:
+    """The first of the epochs of a run on one device, in this process."""
+    config = TrainConfig(
+        data=f"folder:{folder / 'images'}",
+        mesh=(1, 1),
+        epochs=of,
+        run_dir=folder / "alone",
+        **SETTINGS,  # pyright: ignore[reportArgumentType]
+    )
+    # The schedule mixes types.
+    with jax.numpy_dtype_promotion("standard"):
+        run = set_up(config)
+        run.checkpoints.close()
+        return [train_epoch(run, epoch, lambda _: None) for epoch in range(epochs)]
+
+
+def assert_same(actual: list[dict], expected: list[dict]) -> None:
+    for name in ("epoch", "step", "train_loss", "test_accuracy"):
+        np.testing.assert_allclose(
+            [line[name] for line in actual], [line[name] for line in expected], rtol=2e-4
+        )
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize(
+    ("count", "mesh"),
+    [
+        (2, (1, 2)),
+        pytest.param(2, (2, 1), marks=pytest.mark.slow),
+        pytest.param(2, (2, 2), marks=pytest.mark.slow),
+        pytest.param(4, (2, 2), marks=pytest.mark.slow),
+    ],
+)
+def test_several_processes_train_as_one(folder, count, mesh):
+    train(folder, count, *new_run(mesh, epochs=1))
+    assert_same(evaluations(folder), evaluations_of_one_process(folder, 1, of=1))
+    assert (folder / "run" / "filters.png").exists()
+    told = [(folder / f"{number}.out").read_text() for number in range(count)]
+    assert f"{count} processes, {mesh[0] * mesh[1]} devices" in told[0]
+    assert "epoch   1: train loss" in told[0]
+    assert not any("epoch" in others for others in told[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("placement", ["shard_map", "jit"])
+@pytest.mark.parametrize("killed", [0, 1])
+def test_when_one_is_killed_the_others_end_and_the_run_goes_on(folder, killed, placement):
+    epochs = 30
+    with started(folder, 2, *new_run((1, 2), epochs), "--placement", placement) as processes:
+        while len(evaluations(folder)) < 2:
+            assert processes[killed].poll() is None, (folder / f"{killed}.err").read_text()
+            time.sleep(0.02)
+        processes[killed].send_signal(signal.SIGKILL)
+        left = processes[1 - killed]
+        assert left.wait(timeout=60) != 0
+    said = (folder / f"{1 - killed}.err").read_text()
+    assert (
+        f"error: process {1 - killed} of 2 has ended, because another one has died or it was "
+        "killed itself; go on with --resume --run-dir run\n"
+    ) in said
+    assert "Traceback" not in said
+    before = len(evaluations(folder))
+    assert 2 <= before < epochs - 3
+
+    # Killed by one, gone on with alone, and by both again.
+    shown = before + 3
+    with started(folder, 1, "--resume", "--run-dir", "run", "--mesh", 1, 1) as (alone,):
+        while len(evaluations(folder)) < shown:
+            assert alone.poll() is None, (folder / "0.err").read_text()
+            time.sleep(0.02)
+    train(folder, 2, "--resume", "--run-dir", "run", "--mesh", 2, 1)
+    lines = evaluations(folder)
+    assert [line["epoch"] for line in lines] == list(range(1, epochs + 1))
+    assert_same(lines[:shown], evaluations_of_one_process(folder, shown, of=epochs))
+
+
+def test_an_end_by_the_runtime_is_explained(tmp_path):
+    program = (
+        "import os; from alexnet.distributed import Process; process = Process();"
+        "process.joined(); process.way_back = '--resume'; os.abort()"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=SCRIPT.parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=QUICK,
+        check=False,
+    )
+    assert result.returncode == -signal.SIGABRT
+    assert result.stderr == (
+        "error: process 0 of 1 has ended, because another one has died or it was killed itself; "
+        "go on with --resume\n"
+    )
