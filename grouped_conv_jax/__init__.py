@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 from grouped_conv_jax.algorithms import implementations
 from grouped_conv_jax.conv import grouped_conv
 from grouped_conv_jax.counting import count_multiply_adds
+from grouped_conv_jax.version import __version__
 
 if TYPE_CHECKING:
     from grouped_conv_jax import linen, models, nnx, towers
 
 __all__ = [
+    "__version__",
     "count_multiply_adds",
     "grouped_conv",
     "implementations",
@@ -23,9 +25,6 @@ __all__ = [
     "nnx",
     "towers",
 ]
-
-
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

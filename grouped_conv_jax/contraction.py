@@ -15,6 +15,7 @@ axis becomes part of the letter that the mapped operands and the result share. I
 device by itself: until then it is an axis of its own in the spec, so that it can be sharded.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -171,12 +172,13 @@ def _lowering_rule(platform: str):
                 out_sharding=None,
             )
 
+        function: Callable = compute
         mesh = mesh_to_spread_over(ctx.module_context)
         if mesh is not None and not spec.is_empty:
-            compute = partitioned(compute, on_one_device, contraction, spec, mesh)
+            function = partitioned(compute, on_one_device, contraction, spec, implementation, mesh)
         # The type of the result is settled; how it is computed need not be typed as well.
-        compute = untyped(compute, ctx.avals_out[0].sharding)
-        return mlir.lower_fun(compute, multiple_results=False)(ctx, *operands)
+        function = untyped(function, ctx.avals_out[0].sharding)
+        return mlir.lower_fun(function, multiple_results=False)(ctx, *operands)
 
     return rule
 

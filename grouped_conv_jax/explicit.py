@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, auto_axes
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, auto_axes
 
 from grouped_conv_jax.spec import ConvSpec
 
@@ -69,7 +69,7 @@ def result_sharding(spec: ConvSpec, lhs: NamedSharding, rhs: NamedSharding) -> N
     return NamedSharding(mesh, PartitionSpec(*(axes or None for axes in result)))
 
 
-def _features(spec: ConvSpec, inputs: Axes, outputs: Axes, mesh: AbstractMesh) -> Axes:
+def _features(spec: ConvSpec, inputs: Axes, outputs: Axes, mesh: Mesh | AbstractMesh) -> Axes:
     """The axes that shard the features of the result, from those of lhs and the outputs of rhs."""
     groups = spec.feature_group_count
     parts = math.prod(mesh.shape[axis] for axis in inputs)

@@ -2,42 +2,28 @@
 
 Under plain `jit` XLA's partitioner asks here: it brings the shardings that it found for the two
 operands and the result, and gets back those to bring them into, and what each device computes on
-its part. A mesh axis splits one part of the contraction: the batch N, the groups G, the outputs O
-or the inputs C of a group, an axis of `jax.vmap`, or a spatial dimension. If the result has the
-part, the work is local; if it is summed over, there is one all-reduce of the result, or a
-reduce-scatter if that is to be sharded over the same axis; along a spatial dimension neighbours
-exchange halos. This module knows nothing of differentiation.
+its part. How it is split is `plan`'s to say; this is how XLA is told.
 
 Axes of the mesh are cut into axes of prime size, so that one of 8 devices can go to 4 groups and
 to 2 parts of each. (Shardy does likewise; what it finds cannot always be said with whole axes.)
 """
 
-import dataclasses
 import functools
-import itertools
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax._src import dispatch  # For the one name that `requires_devices` needs.
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from grouped_conv_jax.halo import Halo
-from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec, MappedAxis, Part, Role
-
-Axes = tuple[str, ...]
-Dimensions = tuple[Axes, ...]
-"""The mesh axes that shard each dimension of an array, the major one first."""
-
-MULTIPLY_ADDS_PER_BYTE = 200
-"""What a device computes while a byte is sent: to weigh work done twice against communication."""
+from grouped_conv_jax.plan import Dimensions, choose
+from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec, Role
+from grouped_conv_jax.version import __version__
 
 
 def requires_devices(primitive: Primitive) -> None:
@@ -54,10 +40,11 @@ def mesh_to_spread_over(context: mlir.ModuleContext) -> Mesh | None:
     some axes are Auto there, XLA does as it does for lax: its partitioner dies of a custom
     partition under manual axes); and for `jax.export`, which has no place for a Python callback.
     """
-    devices = getattr(context.axis_context, "device_assignment", None)
+    axes: Any = context.axis_context
+    devices = getattr(axes, "device_assignment", None)
     if devices is None or len(devices) == 1 or context.lowering_parameters.for_export:
         return None
-    mesh = context.axis_context.abstract_mesh
+    mesh = axes.abstract_mesh
     # Where the shardings do not tell of a mesh, the devices are all on one axis.
     sizes = {"devices": len(devices)} if mesh is None or mesh.empty else mesh.shape
     return Mesh(np.array(devices).reshape(list(sizes.values())), tuple(sizes))
@@ -68,6 +55,7 @@ def partitioned(
     local: Callable[[jax.Array, jax.Array, ConvSpec], jax.Array],
     contraction: Contraction,
     spec: ConvSpec,
+    implementation: str | None,
     mesh: Mesh,
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """`whole`, a contraction, as XLA is to partition it.
@@ -77,6 +65,7 @@ def partitioned(
       local: the same contraction of another spec, on the parts that a device has.
       contraction: which one.
       spec: of the whole.
+      implementation: the one asked for.
       mesh: the devices.
     """
     mesh = _refined(mesh)
@@ -94,233 +83,15 @@ def partitioned(
     function = custom_partitioning(whole)
     rule, sizes = sharding_rule(contraction, spec)
     function.def_partition(partition, sharding_rule=rule, decode_shardings=False, **sizes)
-    return function
 
+    def named(first: jax.Array, second: jax.Array) -> jax.Array:
+        # XLA sees a pointer to the callback, which jax leaves out of the key of the persistent
+        # compilation cache if jax_remove_custom_partitioning_ptr_from_cache_key is set. This is
+        # what tells different contractions apart then.
+        with set_xla_metadata(grouped_conv=f"{__version__} {contraction} {implementation} {spec}"):
+            return function(first, second)
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Which mesh axes split which factor, and over which axes the result is scattered.
-
-    Attributes:
-      contraction: which one.
-      spec: of the whole.
-      sizes: of the mesh axes.
-      split: the axes of each factor, the major one first.
-      scattered: for dimensions of the result, the axes over which a sum is scattered there.
-    """
-
-    contraction: Contraction
-    spec: ConvSpec
-    sizes: Mapping[str, int]
-    split: Mapping[Part, Axes]
-    scattered: Mapping[int, Axes] = dataclasses.field(default_factory=dict)
-
-    def sharded(self, role: Role) -> Dimensions:
-        """The axes of each dimension of an array, as the partitioned program takes or gives it."""
-        dimensions = [()] * len(self.spec.shape(role))
-        for part, axes in self.split.items():
-            at = self.spec.dimension(role, part)
-            if at is not None:
-                # The groups are put in first, and are the outer part of the features.
-                dimensions[at] += axes
-        if role == RESULT[self.contraction]:
-            for at, axes in self.scattered.items():
-                dimensions[at] += axes
-        return tuple(dimensions)
-
-    def parts(self, *which: Part) -> int:
-        return math.prod(self.sizes[a] for part in which for a in self.split.get(part, ()))
-
-    @functools.cached_property
-    def halos(self) -> dict[int, Halo]:
-        """Of the spatial dimensions that are split."""
-        spatial = [f for f in self.split if isinstance(f, int) and self.split[f]]
-        halos = {i: Halo.of(self.spec, i, self.parts(i)) for i in spatial}
-        return {i: halo for i, halo in halos.items() if halo is not None}
-
-    @property
-    def local_spec(self) -> ConvSpec:
-        """Of the convolution that one device does, halos included."""
-        spec, padding = self.spec, list(self.spec.padding)
-        numbers = spec.dimension_numbers
-        lhs, rhs = list(spec.lhs_shape), list(spec.rhs_shape)
-        batch, features, *spatial = numbers.lhs_spec
-        outputs, inputs, *_ = numbers.rhs_spec
-        lhs[batch] = math.ceil(lhs[batch] / self.parts("N"))
-        lhs[features] //= self.parts("G", "C")
-        rhs[outputs] //= self.parts("G", "O")
-        rhs[inputs] //= self.parts("C")
-        for i, halo in self.halos.items():
-            lhs[spatial[i]] = halo.rows
-            padding[i] = halo.padding
-        return dataclasses.replace(
-            spec,
-            lhs_shape=tuple(lhs),
-            rhs_shape=tuple(rhs),
-            padding=tuple(padding),
-            feature_group_count=spec.feature_group_count // self.parts("G"),
-            mapped=tuple(
-                (factor, size // self.parts(MappedAxis(i)))
-                for i, (factor, size) in enumerate(spec.mapped)
-            ),
-        )
-
-    def compute(self, local: Callable, first: jax.Array, second: jax.Array) -> jax.Array:
-        """What one device computes, from its parts of the operands to its part of the result."""
-        # An Explicit mesh of the caller's means nothing here.
-        with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
-            return self._compute(local, first, second)
-
-    def _compute(self, local: Callable, first: jax.Array, second: jax.Array) -> jax.Array:
-        values = [
-            self._without_garbage(role, x)
-            for role, x in zip(OPERANDS[self.contraction], (first, second), strict=True)
-        ]
-        if self.contraction != "dgrad":
-            values = [self._exchanged(x) if i == 0 else x for i, x in enumerate(values)]
-        out = local(*values, self.local_spec)
-        if self.contraction == "dgrad":
-            block = jax.ShapeDtypeStruct(self._block_shape(), out.dtype)
-            (out,) = jax.linear_transpose(self._exchanged, block)(out)
-        summed = [a for part, axes in self.split.items() if self.sums(part) for a in axes]
-        for at, axes in self.scattered.items():
-            out = lax.psum_scatter(out, axes, scatter_dimension=at, tiled=True)
-            summed = [a for a in summed if a not in axes]
-        return lax.psum(out, tuple(summed)) if summed else out
-
-    def _exchanged(self, lhs: jax.Array) -> jax.Array:
-        for i, halo in self.halos.items():
-            at = self.spec.spatial_dimensions("lhs")[i]
-            lhs = halo.exchange(lhs, at, self.split[i], self.sizes)
-        return lhs
-
-    def _block_shape(self) -> tuple[int, ...]:
-        """Of the input on one device, without the halo."""
-        shape = list(self.local_spec.shape("lhs"))
-        for i, halo in self.halos.items():
-            shape[self.spec.spatial_dimensions("lhs")[i]] = halo.block
-        return tuple(shape)
-
-    def _without_garbage(self, role: Role, x: jax.Array) -> jax.Array:
-        """Zeros for what is undefined, where it would get into a sum: the elements past the end
-        of the whole array, on the last devices, of a batch or of rows that do not divide.
-        """
-        for part, axes in self.split.items():
-            at = self.spec.dimension(role, part)
-            if at is None or not ((part == "N" and self.sums("N")) or isinstance(part, int)):
-                continue
-            size = self.spec.shape(role)[at]
-            if x.shape[at] * self.parts(part) > size:
-                positions = lax.broadcasted_iota(np.int32, x.shape, at)
-                positions += lax.axis_index(axes) * x.shape[at]
-                x = jnp.where(positions < size, x, jnp.zeros_like(x))
-        return x
-
-    def sums(self, part: Part) -> bool:
-        return self.spec.dimension(RESULT[self.contraction], part) is None
-
-    # Which splits there can be, and what they cost.
-
-    def along(self, axis: str) -> Iterator["Plan"]:
-        """The plans in which one more axis splits something; last this one, in which every
-        device on that axis does the same.
-        """
-        mapped = map(MappedAxis, range(len(self.spec.mapped)))
-        parts: tuple[Part, ...] = (*mapped, "G", "N", *range(len(self.spec.window_strides)))
-        for part in (*parts, "O", "C"):
-            split = {**self.split, part: (*self.split.get(part, ()), axis)}
-            plan = dataclasses.replace(self, split=split)
-            if plan._is_possible(part):
-                yield plan
-        yield self
-
-    def _is_possible(self, part: Part) -> bool:
-        spec, groups = self.spec, self.spec.feature_group_count
-        if isinstance(part, MappedAxis):
-            return spec.mapped[part.index][1] % self.parts(part) == 0
-        if isinstance(part, int):
-            return Halo.of(spec, part, self.parts(part)) is not None
-        if part == "N":
-            return spec.lhs_shape[spec.dimension_numbers.lhs_spec[0]] >= self.parts("N")
-        if part == "G":
-            return groups % self.parts("G") == 0
-        # A part of the features is a part of a group only where a device has one group.
-        outputs, inputs = (spec.rhs_shape[d] for d in spec.dimension_numbers.rhs_spec[:2])
-        size = inputs if part == "C" else outputs // groups
-        return groups == self.parts("G") and size % self.parts(part) == 0
-
-    def cost(self, axis: str, given: Mapping[Role, Dimensions]) -> tuple[bool, float]:
-        """Whether an operand has to be moved between the devices of an axis before anything is
-        computed, and how many bytes one of them sends in all.
-
-        An array that is whole on each of them is cut for nothing; one that is cut is gathered, or
-        cut otherwise in an all-to-all. A sum is reduced, and gathered or left scattered.
-        """
-        cost, moved = 0.0, False
-        for role in OPERANDS[self.contraction]:
-            has, needs = (_place(axis, x) for x in (given[role], self.sharded(role)))
-            if has is not None and has != needs:
-                moved = True
-                cost += self._nbytes(role)
-        result = RESULT[self.contraction]
-        wanted, gets = (_place(axis, x) for x in (given[result], self.sharded(result)))
-        split = next((f for f, axes in self.split.items() if axis in axes), None)
-        if split is None:
-            work = self.spec.multiply_adds / math.prod(map(self.parts, self.split))
-            cost += work / MULTIPLY_ADDS_PER_BYTE
-        elif self.sums(split):
-            cost += self._nbytes(result) * (1 if wanted else 2)
-        elif wanted != gets:
-            cost += self._nbytes(result) * (1 if wanted else self.sizes[axis])
-        if isinstance(split, int):
-            halo = self.halos[split]
-            cost += self._nbytes("lhs") * (halo.before + halo.after) / halo.block
-        return moved, cost
-
-    def _nbytes(self, role: Role) -> float:
-        """Of an array's part on one device."""
-        parts = math.prod(self.sizes[a] for axes in self.sharded(role) for a in axes)
-        size = math.prod(self.spec.shape(role)) * self.spec.role_dtype(role).itemsize
-        return size / parts
-
-    def with_scattered_sums(self, wanted: Dimensions) -> "Plan":
-        """Leaves a sum scattered over the axes by which the result is to be sharded anyway."""
-        result = RESULT[self.contraction]
-        scattered: dict[int, Axes] = {}
-        for at, (axes, wants) in enumerate(zip(self.sharded(result), wanted, strict=True)):
-            if wants[: len(axes)] != axes:
-                continue
-            more = itertools.takewhile(self._sums_over, wants[len(axes) :])
-            parts = math.prod(self.sizes[a] for a in axes)
-            fitting: Axes = ()
-            for axis in more:
-                parts *= self.sizes[axis]
-                if self.spec.shape(result)[at] % parts:
-                    break
-                fitting += (axis,)
-            if fitting:
-                scattered[at] = fitting
-        return dataclasses.replace(self, scattered=scattered)
-
-    def _sums_over(self, axis: str) -> bool:
-        return any(axis in axes and self.sums(part) for part, axes in self.split.items())
-
-
-def choose(
-    contraction: Contraction,
-    spec: ConvSpec,
-    given: Mapping[Role, Dimensions],
-    sizes: Mapping[str, int],
-) -> Plan:
-    """The plan for operands that are sharded, and a result that is wanted, as `given`.
-
-    One mesh axis after the other, the major ones first, takes what leaves the operands where they
-    are, and of that, or else of all, what costs the fewest bytes.
-    """
-    plan = Plan(contraction, spec, sizes, {})
-    for axis in _used(given.values(), sizes):
-        plan = min(plan.along(axis), key=lambda p: p.cost(axis, given))
-    return plan.with_scattered_sums(given[RESULT[contraction]])
+    return named
 
 
 def sharding_rule(contraction: Contraction, spec: ConvSpec) -> tuple[str, dict[str, int]]:
@@ -357,23 +128,6 @@ def sharding_rule(contraction: Contraction, spec: ConvSpec) -> tuple[str, dict[s
     first, second = map(value, OPERANDS[contraction])
     rule = f"{first}, {second} -> {value(RESULT[contraction])}"
     return rule, {f: n for f, n in sizes.items() if n != 1 and f not in alone}
-
-
-def _used(arrays: Iterable[Dimensions], sizes: Mapping[str, int]) -> list[str]:
-    """The axes that shard anything: those first that are major where they do."""
-    ranks = {
-        axis: [axes.index(axis) for array in arrays for axes in array if axis in axes]
-        for axis in sizes
-    }
-    return sorted((axis for axis in sizes if ranks[axis]), key=lambda axis: min(ranks[axis]))
-
-
-def _place(axis: str, dimensions: Dimensions) -> tuple[int, Axes] | None:
-    """Which dimension an axis shards, and the axes that are outside it there."""
-    for at, axes in enumerate(dimensions):
-        if axis in axes:
-            return at, axes[: axes.index(axis)]
-    return None
 
 
 # Shardings as XLA gives them, in terms of the mesh.

@@ -27,7 +27,7 @@ Factor = Literal["N", "G", "C", "O"]
 class MappedAxis(NamedTuple):
     """An axis that `jax.vmap` has put before the others, by its number in `ConvSpec.mapped`."""
 
-    index: int
+    number: int
 
 
 Part = Factor | int | MappedAxis
@@ -112,7 +112,7 @@ class ConvSpec:
         """
         if isinstance(part, MappedAxis):
             axes = self.mapped_axes(role)
-            return axes.index(part.index) if part.index in axes else None
+            return axes.index(part.number) if part.number in axes else None
         if isinstance(part, int):
             return None if role == "rhs" else self.spatial_dimensions(role)[part]
         return self.place(role, part)[0] if (role, part) in _PLACES else None

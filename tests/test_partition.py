@@ -1,6 +1,7 @@
 """Plain jit on meshes: what is computed where, what is sent, and that the values are right."""
 
 import functools
+import re
 from collections.abc import Callable
 
 import jax
@@ -15,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from test_values import assert_matches_the_oracle, value_and_gradients
 
 from grouped_conv_jax.collectives import Collective, collectives
-from grouped_conv_jax.partition import choose
+from grouped_conv_jax.plan import choose
 from grouped_conv_jax.spec import Contraction, ConvSpec
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -435,11 +436,10 @@ def remat(conv):
 
 
 def scan(conv):
-    def body(total, x):
-        return total + wave(conv)(x, body.w), None
-
     def loss(x, w):
-        body.w = w
+        def body(total, x):
+            return total + wave(conv)(x, w), None
+
         return lax.scan(body, jnp.zeros(()), jnp.stack([x, -x, 2 * x]))[0]
 
     return jax.grad(loss, (0, 1))
@@ -512,6 +512,19 @@ def test_a_sharded_program_can_be_exported():
     program = jax.export.export(value_and_gradients(case.conv()))(*operands)
     assert program.nr_devices == 8
     assert_matches_the_oracle(jax.jit(program.call)(*operands), case, case.random())
+
+
+def test_what_xla_sees_tells_specs_apart():
+    # The key of the persistent compilation cache can be made without the pointer to the callback.
+    texts = []
+    for padding in ("SAME", [(2, 0), (1, 0)]):
+        case = dense("padded", (8, 5, 6, 8), (3, 2, 2, 12), groups=4, padding=padding)
+        x, w, _ = placed(case)
+        text = jax.jit(case.conv("xla")).lower(x, w).as_text()
+        assert "CustomSPMDPartitioning" in text
+        texts.append(re.sub(r'backend_config = "\d+"', "", text))
+    assert "fprop xla" in texts[0]
+    assert texts[0] != texts[1]
 
 
 def test_an_implementation_that_cannot_says_so_by_itself(monkeypatch):
