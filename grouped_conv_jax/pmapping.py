@@ -137,8 +137,8 @@ def _bind(equation: Any, operands: list[Any], mesh: Mesh) -> Sequence[Any]:
     params = primitive.get_bind_params(params)
     if primitive.name in NAMES_IN:
         name = NAMES_IN[primitive.name]
-        groups = _index_groups(params[name], mesh)
-        params = params | {name: (DEVICE,), "axis_index_groups": groups}
+        names = (params[name],) if isinstance(params[name], str) else params[name]
+        params = params | {name: (DEVICE,), "axis_index_groups": _index_groups(names, mesh)}
     results = primitive.bind(*operands, **params)
     return results if primitive.multiple_results else [results]
 

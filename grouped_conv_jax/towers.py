@@ -85,7 +85,7 @@ class TowerNet:
                 raise ValueError(
                     f"the mesh has no axis {axis!r}; its axes are {self.mesh.axis_names}"
                 )
-        self._check_parts()
+        self._check_metadata()
 
     def init(self, key: jax.Array) -> Any:
         """Parameters of the whole net (nested dicts), each device getting its towers' only.
@@ -109,7 +109,7 @@ class TowerNet:
         return jax.tree.map(
             lambda spec: NamedSharding(self.mesh, spec),
             self.specs,
-            is_leaf=lambda x: isinstance(x, PartitionSpec),
+            is_leaf=_is_spec,
         )
 
     def whole(self, params: Any) -> Any:
@@ -175,7 +175,7 @@ class TowerNet:
         """
 
         def summed(grad: jax.Array, sharding: NamedSharding) -> jax.Array:
-            named = {axis for entry in sharding.spec for axis in _axes(entry)}
+            named = _axes(sharding.spec)
             return lax.psum(grad, tuple(a for a in self.mesh.axis_names if a not in named))
 
         return jax.tree.map(summed, grads, self.shardings)
@@ -201,8 +201,15 @@ class TowerNet:
     def _net_of_a_device(self) -> tuple[nnx.GraphDef, Any]:
         return _graphdef_and_params(lambda: self.build(self.mesh.shape[GROUP], nnx.Rngs(0)))
 
-    def _check_parts(self) -> None:
+    def _check_metadata(self) -> None:
         """Raises ValueError unless the devices' parts of each parameter make up the whole."""
+        for path, spec in jax.tree.leaves_with_path(self.specs, is_leaf=_is_spec):
+            for axis in _axes(spec):
+                if axis not in self.mesh.axis_names:
+                    raise ValueError(
+                        f"{jax.tree_util.keystr(path)} is on the axis {axis!r} by its metadata; "
+                        f"the mesh's axes are {self.mesh.axis_names}"
+                    )
         parts = jax.tree.leaves(nnx.to_pure_dict(self._net_of_a_device[1]))
         whole = jax.tree.leaves_with_path(nnx.to_pure_dict(self._whole_net[1]))
         for (path, array), part, sharding in zip(
@@ -216,9 +223,14 @@ class TowerNet:
                 )
 
 
-def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The mesh axes in one entry of a PartitionSpec."""
-    return () if entry is None else (entry,) if isinstance(entry, str) else entry
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, PartitionSpec)
+
+
+def _axes(spec: PartitionSpec) -> set[str]:
+    """The mesh axes that a PartitionSpec names."""
+    entries = ((entry,) if isinstance(entry, str) else entry or () for entry in spec)
+    return {axis for entry in entries for axis in entry}
 
 
 def _graphdef_and_params(build: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, Any]:

@@ -21,7 +21,7 @@ from alexnet.config import TrainConfig
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "train_alexnet.py"
 
-SETTINGS = dict(batch_size=8, learning_rate=1e-3)
+SETTINGS = dict(batch_size=8, learning_rate=2e-4)
 
 QUICK = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 

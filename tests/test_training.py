@@ -108,20 +108,32 @@ def test_accuracy_counts_every_image_once(dataset):
     assert 0 < whole < 1
 
 
-def test_a_checkpoint_goes_on_on_other_devices(dataset, tmp_path):
-    first = trainer(dataset, 1, 2)
-    state, _ = train(first, first.init(), dataset, 3)
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(state)
-    checkpoints.close()
+def test_a_checkpoint_goes_on_on_other_devices_and_in_another_placement(dataset, tmp_path):
+    stages: list[tuple[int, int, Placement]] = [(1, 2, "pmap"), (2, 1, "jit"), (2, 2, "shard_map")]
+    losses = []
+    for data, group, placement in stages:
+        run = trainer(dataset, data, group, placement=placement)
+        state = run.init()
+        checkpoints = Checkpoints(tmp_path)
+        if losses:
+            like = jax.tree.map(lambda x: x.sharding, state)
+            state = checkpoints.restore_newest(state)
+            assert jax.tree.map(lambda x: x.sharding, state) == like
+        assert int(state.step) == len(losses)
+        state, more = train(run, state, dataset, 2, first=len(losses))
+        losses += more
+        checkpoints.save(state)
+        checkpoints.close()
+    np.testing.assert_allclose(losses, losses_of_one_device()[: len(losses)], rtol=2e-4)
 
-    second = trainer(dataset, 2, 1)
-    like = second.init()
-    restored = Checkpoints(tmp_path).restore_newest(like)
-    jax.tree.map(lambda a, b: a.sharding == b.sharding or pytest.fail("moved"), restored, like)
-    assert int(restored.step) == 3
-    _, losses = train(second, restored, dataset, STEPS - 3, first=3)
-    np.testing.assert_allclose(losses, losses_of_one_device()[3:], rtol=2e-4)
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_step_is_lowered_without_being_run(dataset, placement):
+    run = trainer(dataset, 2, 2, placement=placement)
+    text = str(run.lower(BATCH, dataset.train.images.shape[1:]).as_text())
+    assert "sdy.mesh" in text
+    with pytest.raises(ValueError, match="a batch of 7 examples does not divide over the 2"):
+        run.lower(7, dataset.train.images.shape[1:])
 
 
 def test_without_a_checkpoint_there_is_nothing_to_resume(dataset, tmp_path):
