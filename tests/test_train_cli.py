@@ -71,7 +71,9 @@ def test_a_run_and_its_continuation(tmp_path):
     shutil.rmtree(newest)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"epoch": 3, "st')
-    result = run("--resume", "--run-dir", "run", "--mesh", 2, 1, cwd=tmp_path)
+    result = run(
+        "--resume", "--run-dir", "run", "--mesh", 2, 1, "--placement", "pmap", cwd=tmp_path
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "data 2 x group 1" in result.stdout
     again = evaluations(folder)
@@ -126,6 +128,8 @@ def test_a_run_stopped_at_once_goes_on(tmp_path):
         (["--preset", "huge"], "huge"),
         (["--mesh", 0, 2], "error: --mesh must be two numbers of at least 1, got (0, 2)"),
         (["--data", "folder:."], "error: no images in ."),
+        (["--placement", "magic"], "magic"),
+        (["--distributed"], "error: --distributed finds no cluster"),
     ],
 )
 def test_a_mistake_is_told_without_a_traceback_and_with_exit_code_2(tmp_path, arguments, message):
@@ -137,6 +141,9 @@ def test_a_mistake_is_told_without_a_traceback_and_with_exit_code_2(tmp_path, ar
     if "error: " in message:
         assert result.stderr.count("\n") == 1
     assert not list(tmp_path.glob("runs/*"))
+
+
+PROCESSES = {"coordinator": "host:1234", "num_processes": 2, "process_id": 0}
 
 
 @pytest.mark.parametrize(
@@ -151,6 +158,12 @@ def test_a_mistake_is_told_without_a_traceback_and_with_exit_code_2(tmp_path, ar
         ({"towers": 5}, r"towers=5 does not divide the features of conv1 \(32\)"),
         ({"towers": 64}, r"towers=64 does not divide the features of conv1 \(32\)"),
         ({"mesh": (3, 2)}, "a batch of 64 images does not divide over 3 devices"),
+        ({"coordinator": "host:1234"}, "--coordinator, --num-processes and --process-id go"),
+        (PROCESSES | {"coordinator": "host"}, "--coordinator must be HOST:PORT, got host"),
+        (PROCESSES | {"coordinator": "host:99999"}, "--coordinator must be HOST:PORT"),
+        (PROCESSES | {"num_processes": 0}, "--num-processes must be at least 1, got 0"),
+        (PROCESSES | {"process_id": 2}, "--process-id must be from 0 to 1, got 2"),
+        (PROCESSES | {"placement": "pmap"}, "--placement pmap runs in one process; take shard_map"),
         ({"mesh": (1, 4)}, "2 towers cannot be shared by 4 devices"),
         ({"mesh": (3, 3)}, "a mesh of 3 x 3 needs 9 devices, there are 8"),
         ({"batch_size": 5000}, "a batch of 5000 is more than the 1438 training images"),
