@@ -3,11 +3,13 @@
 import functools
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
+import partition_table
 import pytest
 from cases import CASES, NHWC, Case, each_case, every_implementation, named
 from jax import lax
@@ -555,3 +557,12 @@ def test_laxs_own_kernel_gradient_is_multiplied(sizes):
     _, _, ours = value_and_gradients(case.conv())(*placed)
     oracle.assert_close(ours, expected, length)
     oracle.assert_close(theirs, sizes[1] * expected, sizes[1] * length)
+
+
+@pytest.mark.slow
+def test_the_table_in_the_docs_is_what_its_command_writes():
+    table = partition_table.page(MESH)
+    committed = (Path(partition_table.__file__).parents[1] / "docs" / "partition.md").read_text()
+    rows = [[line for line in text.splitlines() if "|" in line] for text in (table, committed)]
+    assert len(rows[0]) == 2 + 2 * 3 * len(partition_table.SHARDED)
+    assert rows[0] == rows[1]
