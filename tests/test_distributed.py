@@ -39,15 +39,35 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def by_hand(count: int, number: int, port: int) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The options and the environment of one process, started by hand."""
+    if count == 1:
+        return (), {}
+    return (
+        *("--coordinator", f"127.0.0.1:{port}"),
+        *("--num-processes", str(count), "--process-id", str(number)),
+    ), {}
+
+
+def by_slurm(count: int, number: int, port: int) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The same of one that srun has started."""
+    return ("--distributed",), {
+        "JAX_COORDINATOR_PORT": str(port),
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": str(count),
+        "SLURM_PROCID": str(number),
+        "SLURM_LOCALID": str(number),
+    }
+
+
 @contextmanager
-def started(folder: Path, count: int, *arguments) -> Iterator[list[subprocess.Popen]]:
-    """The script in several processes, each with its own folder for what it says."""
+def started(folder: Path, count: int, *arguments, how=by_hand) -> Iterator[list[subprocess.Popen]]:
+    """The script in several processes; what each says is in files of its own."""
     port = free_port()
     processes = []
     for number in range(count):
-        options = ("--coordinator", f"127.0.0.1:{port}") if count > 1 else ()
-        if count > 1:
-            options += ("--num-processes", str(count), "--process-id", str(number))
+        options, environment = how(count, number, port)
         with (folder / f"{number}.out").open("w") as out, (folder / f"{number}.err").open("w") as e:
             processes.append(
                 subprocess.Popen(
@@ -55,7 +75,7 @@ def started(folder: Path, count: int, *arguments) -> Iterator[list[subprocess.Po
                     cwd=folder,
                     stdout=out,
                     stderr=e,
-                    env=QUICK,
+                    env=QUICK | environment,
                 )
             )
     try:
@@ -66,9 +86,9 @@ def started(folder: Path, count: int, *arguments) -> Iterator[list[subprocess.Po
             process.wait()
 
 
-def train(folder: Path, count: int, *arguments) -> None:
+def train(folder: Path, count: int, *arguments, how=by_hand) -> None:
     """The script to its end."""
-    with started(folder, count, *arguments) as processes:
+    with started(folder, count, *arguments, how=how) as processes:
         for number, process in enumerate(processes):
             assert process.wait(timeout=300) == 0, (folder / f"{number}.err").read_text()
 
@@ -84,12 +104,13 @@ def evaluations(folder: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def evaluations_of_one_process(folder: Path, epochs: int, of: int) -> list[dict]:
+def evaluations_of_one_process(folder: Path, epochs: int, of: int, towers: int = 2) -> list[dict]:
     """The first of the epochs of a run on one device, in this process."""
     config = TrainConfig(
         data=f"folder:{folder / 'images'}",
         mesh=(1, 1),
         epochs=of,
+        towers=towers,
         run_dir=folder / "alone",
         **SETTINGS,  # pyright: ignore[reportArgumentType]
     )
@@ -109,17 +130,19 @@ def assert_same(actual: list[dict], expected: list[dict]) -> None:
 
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
-    ("count", "mesh"),
+    ("count", "mesh", "how"),
     [
-        (2, (1, 2)),
-        pytest.param(2, (2, 1), marks=pytest.mark.slow),
-        pytest.param(2, (2, 2), marks=pytest.mark.slow),
-        pytest.param(4, (2, 2), marks=pytest.mark.slow),
+        (2, (1, 2), by_hand),
+        pytest.param(2, (2, 1), by_slurm, marks=pytest.mark.slow),
+        pytest.param(2, (2, 2), by_hand, marks=pytest.mark.slow),
+        pytest.param(4, (2, 2), by_hand, marks=pytest.mark.slow),
+        pytest.param(4, (1, 4), by_hand, marks=pytest.mark.slow),
     ],
 )
-def test_several_processes_train_as_one(folder, count, mesh):
-    train(folder, count, *new_run(mesh, epochs=1))
-    assert_same(evaluations(folder), evaluations_of_one_process(folder, 1, of=1))
+def test_several_processes_train_as_one(folder, count, mesh, how):
+    towers = max(2, mesh[1])
+    train(folder, count, *new_run(mesh, epochs=1), "--towers", towers, how=how)
+    assert_same(evaluations(folder), evaluations_of_one_process(folder, 1, of=1, towers=towers))
     assert (folder / "run" / "filters.png").exists()
     told = [(folder / f"{number}.out").read_text() for number in range(count)]
     assert f"{count} processes, {mesh[0] * mesh[1]} devices" in told[0]
@@ -161,13 +184,9 @@ def test_when_one_is_killed_the_others_end_and_the_run_goes_on(folder, killed, p
     assert_same(lines[:shown], evaluations_of_one_process(folder, shown, of=epochs))
 
 
-def test_an_end_by_the_runtime_is_explained(tmp_path):
-    program = (
-        "import os; from alexnet.distributed import Process; process = Process();"
-        "process.joined(); process.way_back = '--resume'; os.abort()"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", program],
+def program(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code],
         cwd=SCRIPT.parent,
         capture_output=True,
         text=True,
@@ -175,8 +194,39 @@ def test_an_end_by_the_runtime_is_explained(tmp_path):
         env=QUICK,
         check=False,
     )
+
+
+def test_an_end_by_the_runtime_is_explained():
+    result = program(
+        "import os; from alexnet.distributed import Process; process = Process('');"
+        "process.joined(); process.way_back = '--resume'; os.abort()"
+    )
     assert result.returncode == -signal.SIGABRT
     assert result.stderr == (
         "error: process 0 of 1 has ended, because another one has died or it was killed itself; "
         "go on with --resume\n"
     )
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_meet_say_so():
+    port = free_port()
+    result = program(
+        "from alexnet import config, distributed; distributed.TOGETHER = 3\n"
+        f"one = dict(coordinator='127.0.0.1:{port}', num_processes=2, process_id=1)\n"
+        "with distributed.joined(config.TrainConfig(**one)): pass"
+    )
+    assert result.returncode != 0
+    assert (
+        f"error: the processes did not meet at 127.0.0.1:{port} within 3 seconds\n"
+    ) in result.stderr
+
+
+def test_a_mesh_without_devices_of_some_process_is_refused(folder):
+    with started(folder, 2, *new_run((1, 1), epochs=1)) as processes:
+        assert [process.wait(timeout=60) for process in processes] == [2, 2]
+    for number in range(2):
+        said = (folder / f"{number}.err").read_text()
+        assert (
+            "error: a mesh of 1 x 1 has devices of 1 of the 2 processes; it must have some of each"
+        ) in said

@@ -18,6 +18,9 @@ from alexnet.errors import UsageError
 SILENCE = 30
 """Seconds without a sign of life after which a process counts as dead."""
 
+TOGETHER = 300
+"""Seconds that the processes have to find each other."""
+
 PATIENCE = 600
 """Seconds that a process waits for the slower ones to load, to compile and to write."""
 
@@ -38,11 +41,14 @@ LOST = ("gloo", "nccl", "coordination", "heartbeat", "barrier", "unavailable", "
 class Process:
     """This process among those of a run.
 
+    Args:
+      alone: what to say if the runtime ends the process before it has found the others.
+
     Attributes:
       way_back: options that go on with the run, once there is something to go on from.
     """
 
-    def __init__(self):
+    def __init__(self, alone: str):
         self._watcher = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", WATCHER],
             stdin=subprocess.PIPE,
@@ -50,7 +56,7 @@ class Process:
             start_new_session=True,  # Ctrl-C is not meant for it.
         )
         self._way_back = ""
-        self._expect_the_worst("error: this process could not join the others")
+        self._expect_the_worst(alone)
 
     @property
     def way_back(self) -> str:
@@ -112,7 +118,8 @@ def joined(config: TrainConfig) -> Iterator[Process | None]:
     if not config.several_processes:
         yield None
         return
-    process = Process()
+    where = f"at {config.coordinator}" if config.coordinator else "in the cluster"
+    process = Process(f"error: the processes did not meet {where} within {TOGETHER} seconds")
     try:
         _initialize(config)
         process.joined()
@@ -133,6 +140,7 @@ def _initialize(config: TrainConfig) -> None:
             config.coordinator,
             config.num_processes,
             config.process_id,
+            initialization_timeout=TOGETHER,
             heartbeat_timeout_seconds=SILENCE,
             shutdown_timeout_seconds=SILENCE,
         )
