@@ -29,7 +29,8 @@ from alexnet import data, distributed
 from alexnet.checkpoints import Checkpoints
 from alexnet.config import TrainConfig
 from alexnet.errors import UsageError
-from alexnet.report import save_filters, show_placement
+from alexnet.picture import save_placement
+from alexnet.report import save_filters, show_placement, training_report
 from alexnet.training import (
     Normalization,
     Trainer,
@@ -113,19 +114,7 @@ def set_up(config: TrainConfig) -> Run:
     """
     mesh, dataset, net = load(config)
     distributed.synchronize("loaded")
-    steps = len(dataset.train) // config.batch_size
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, min(steps, config.epochs * steps // 2), config.epochs * steps
-    )
-    trainer = Trainer(
-        tower_net(net, mesh, config.implementation),
-        paper_optimizer(schedule, config.momentum, config.weight_decay),
-        image_size=net.image_size,
-        normalization=Normalization.of(dataset.train.images),
-        flip=dataset.flip,
-        seed=config.seed,
-        placement=config.placement,
-    )
+    trainer = new_trainer(config, dataset, net, mesh)
     images = {
         "classes": list(dataset.classes),
         "training_images": len(dataset.train),
@@ -149,6 +138,25 @@ def set_up(config: TrainConfig) -> Run:
     except OSError as error:
         raise UsageError(f"cannot write to the run folder {folder}: {error.strerror}") from error
     return Run(config, folder, dataset, net, trainer, state, checkpoints)
+
+
+def new_trainer(
+    config: TrainConfig, dataset: data.Dataset, net: AlexNetConfig, mesh: Mesh
+) -> Trainer:
+    """Trains the net on the images, as the settings say, on a mesh."""
+    steps = len(dataset.train) // config.batch_size
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, min(steps, config.epochs * steps // 2), config.epochs * steps
+    )
+    return Trainer(
+        tower_net(net, mesh, config.implementation),
+        paper_optimizer(schedule, config.momentum, config.weight_decay),
+        image_size=net.image_size,
+        normalization=Normalization.of(dataset.train.images),
+        flip=dataset.flip,
+        seed=config.seed,
+        placement=config.placement,
+    )
 
 
 def load(config: TrainConfig) -> tuple[Mesh, data.Dataset, AlexNetConfig]:
@@ -234,13 +242,23 @@ def describe(run: Run, console: Console) -> None:
         f"{run.config.data}: {len(run.dataset.train):,} training and {len(run.dataset.test):,} "
         f"test images of {len(run.dataset.classes)} classes."
     )
-    if jax.process_count() == 1:
-        show_placement(console, mesh, run.net.towers, run.state.params)
-    else:
-        console.print(
-            f"{jax.process_count()} processes, {mesh.size} devices: "
-            f"{DATA} {mesh.shape[DATA]} x {GROUP} {mesh.shape[GROUP]}."
-        )
+    show_placement(console, mesh, run.net.towers, run.state.params)
+
+    def alone() -> Trainer:
+        # Compiled to compare the memory with; a device of this process, which can.
+        return new_trainer(run.config, run.dataset, run.net, make_mesh(1, 1, jax.local_devices()))
+
+    report = training_report(
+        run.trainer,
+        run.net,
+        run.state,
+        run.config.batch_size,
+        run.dataset.train.images.shape[1:],
+        alone=alone if mesh.size > 1 else None,
+    )
+    console.print(str(report), markup=False, highlight=False)
+    if distributed.is_first():
+        save_placement(run.folder / "placement.svg", mesh, run.net)
     console.print(f"Run folder: {run.folder}")
 
 

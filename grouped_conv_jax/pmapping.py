@@ -138,6 +138,8 @@ def _bind(equation: Any, operands: list[Any], mesh: Mesh) -> Sequence[Any]:
     if primitive.name in NAMES_IN:
         name = NAMES_IN[primitive.name]
         names = (params[name],) if isinstance(params[name], str) else params[name]
+        if params["axis_index_groups"] is not None:
+            raise NotImplementedError(f"{primitive.name} with axis_index_groups within pmap")
         params = params | {name: (DEVICE,), "axis_index_groups": _index_groups(names, mesh)}
     results = primitive.bind(*operands, **params)
     return results if primitive.multiple_results else [results]

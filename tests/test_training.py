@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import itertools
+from collections import defaultdict
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,7 +14,6 @@ from test_alexnet import TINY
 from alexnet.checkpoints import Checkpoints
 from alexnet.data import Split, batches, digits, padded_batches
 from alexnet.errors import UsageError
-from alexnet.report import bytes_by_device
 from alexnet.training import Normalization, Trainer, paper_optimizer, tower_net
 from grouped_conv_jax.towers import PLACEMENTS, Placement, make_mesh
 
@@ -82,6 +83,15 @@ def test_the_losses_are_those_of_one_device(dataset, data, group, towers, placem
     np.testing.assert_allclose(losses, losses_of_one_device(towers), rtol=2e-4)
     assert len(set(losses)) == STEPS
     assert int(state.step) == STEPS
+
+
+def bytes_by_device(tree: Any) -> dict[Any, int]:
+    """Bytes that each device really holds of the arrays in `tree`."""
+    held = defaultdict(int)
+    for array in jax.tree.leaves(tree):
+        for shard in array.addressable_shards:
+            held[shard.device] += shard.data.nbytes
+    return dict(held)
 
 
 def test_a_device_holds_the_optimizer_state_of_its_towers_only(dataset):

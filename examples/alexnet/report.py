@@ -1,6 +1,6 @@
 """What a run shows: where everything lives, what is exchanged, the filters of conv1 by tower."""
 
-from collections import defaultdict
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,13 @@ from grouped_conv_jax.placement import Exchange, PlacementReport, placement_repo
 from grouped_conv_jax.towers import DATA, GROUP
 
 
-def bytes_by_device(tree: Any) -> dict[Any, int]:
-    """Bytes that each device really holds of the arrays in `tree`."""
-    held = defaultdict(int)
-    for array in jax.tree.leaves(tree):
-        for shard in array.addressable_shards:
-            held[shard.device] += shard.data.nbytes
-    return dict(held)
-
-
 def show_placement(console: Console, mesh: jax.sharding.Mesh, towers: int, params: Any) -> None:
     """Prints the mesh: which towers and which share of the parameters each device has."""
     whole = sum(array.nbytes for array in jax.tree.leaves(params))
-    held = bytes_by_device(params)
+    held = sum(
+        math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+        for array in jax.tree.leaves(params)
+    )
     towers_each = towers // mesh.shape[GROUP]
     table = Table(
         title=f"Mesh: {DATA} {mesh.shape[DATA]} x {GROUP} {mesh.shape[GROUP]}",
@@ -44,8 +38,8 @@ def show_placement(console: Console, mesh: jax.sharding.Mesh, towers: int, param
             str(device),
             ", ".join(map(str, own)),
             f"part {data + 1} of {mesh.shape[DATA]}",
-            f"{held[device]:,} bytes",
-            f"{held[device] / whole:.0%}",
+            f"{held:,} bytes",
+            f"{held / whole:.0%}",
         )
     console.print(table)
 
