@@ -15,7 +15,6 @@ axis becomes part of the letter that the mapped operands and the result share. I
 device by itself: until then it is an axis of its own in the spec, so that it can be sharded.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,7 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from grouped_conv_jax import selection
 from grouped_conv_jax.algorithms import TABLE
 from grouped_conv_jax.explicit import has_explicit_axes, untyped
-from grouped_conv_jax.partition import mesh_to_spread_over, partitioned, requires_devices
+from grouped_conv_jax.partition import requires_devices, spread
 from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec, Factor, Role
 
 COMPUTES: dict[Role, Contraction] = {role: contraction for contraction, role in RESULT.items()}
@@ -151,7 +150,7 @@ batching.fancy_primitive_batchers[grouped_conv_p] = _batching_rule
 
 def _lowering_rule(platform: str):
     def rule(ctx, *operands, contraction, spec, implementation, out_sharding):
-        def compute(first, second):
+        def on_one_device(first, second, spec):
             result = RESULT[contraction]
             if spec.is_empty:
                 return jnp.zeros(spec.shape(result), spec.role_dtype(result))
@@ -162,23 +161,10 @@ def _lowering_rule(platform: str):
                 out = getattr(TABLE[name], contraction)(first, second, merged)
             return spec.split(result, out)
 
-        def on_one_device(first, second, spec):
-            return contract(
-                first,
-                second,
-                contraction=contraction,
-                spec=spec,
-                implementation=implementation,
-                out_sharding=None,
-            )
-
-        function: Callable = compute
-        mesh = mesh_to_spread_over(ctx.module_context)
-        if mesh is not None and not spec.is_empty:
-            function = partitioned(compute, on_one_device, contraction, spec, implementation, mesh)
+        compute = spread(on_one_device, contraction, spec, implementation, ctx)
         # The type of the result is settled; how it is computed need not be typed as well.
-        function = untyped(function, ctx.avals_out[0].sharding)
-        return mlir.lower_fun(function, multiple_results=False)(ctx, *operands)
+        compute = untyped(compute, ctx.avals_out[0].sharding)
+        return mlir.lower_fun(compute, multiple_results=False)(ctx, *operands)
 
     return rule
 

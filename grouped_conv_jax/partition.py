@@ -19,11 +19,13 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from grouped_conv_jax.plan import Dimensions, choose
 from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec, Role
 from grouped_conv_jax.version import __version__
+
+Computation = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def requires_devices(primitive: Primitive) -> None:
@@ -33,41 +35,68 @@ def requires_devices(primitive: Primitive) -> None:
     dispatch.prim_requires_devices_during_lowering.add(primitive)
 
 
-def mesh_to_spread_over(context: mlir.ModuleContext) -> Mesh | None:
-    """The devices over which XLA is to spread a program that is being lowered.
+def spread(
+    compute: Callable[[jax.Array, jax.Array, ConvSpec], jax.Array],
+    contraction: Contraction,
+    spec: ConvSpec,
+    implementation: str | None,
+    context: mlir.LoweringRuleContext,
+) -> Computation:
+    """A contraction for the devices that it is being lowered for.
 
-    None on one device; inside `shard_map`, where the shapes are those of one device already (if
-    some axes are Auto there, XLA does as it does for lax: its partitioner dies of a custom
-    partition under manual axes); and for `jax.export`, which has no place for a Python callback.
+    On one device, and inside `shard_map`, where the shapes are those of one device, it is as on
+    one device. Where XLA cannot ask, each device computes all of it: inside a `shard_map` with axes
+    that are not manual (XLA dies of a custom partition under manual axes), and for `jax.export`,
+    which has no place for a Python callback. Left alone, XLA miscomputes some shardings there.
+
+    Args:
+      compute: the contraction of a spec on one device.
+      contraction: which one.
+      spec: of the whole.
+      implementation: the one asked for.
+      context: of the lowering.
     """
-    axes: Any = context.axis_context
+
+    def whole(first: jax.Array, second: jax.Array) -> jax.Array:
+        return compute(first, second, spec)
+
+    axes: Any = context.module_context.axis_context
+    if manual := getattr(axes, "manual_axes", None):
+        if manual == frozenset(axes.mesh.axis_names):
+            return whole
+        operand: Any = context.avals_in[0]
+        return _on_each_device(whole, operand.sharding.mesh)
     devices = getattr(axes, "device_assignment", None)
-    if devices is None or len(devices) == 1 or context.lowering_parameters.for_export:
-        return None
-    mesh = axes.abstract_mesh
+    if devices is None or len(devices) == 1 or spec.is_empty:
+        return whole
     # Where the shardings do not tell of a mesh, the devices are all on one axis.
+    mesh = axes.abstract_mesh
     sizes = {"devices": len(devices)} if mesh is None or mesh.empty else mesh.shape
-    return Mesh(np.array(devices).reshape(list(sizes.values())), tuple(sizes))
+    mesh = Mesh(np.array(devices).reshape(list(sizes.values())), tuple(sizes))
+    if context.module_context.lowering_parameters.for_export:
+        return _on_each_device(whole, mesh)
+    return _partitioned(whole, compute, contraction, spec, implementation, mesh)
 
 
-def partitioned(
-    whole: Callable[[jax.Array, jax.Array], jax.Array],
-    local: Callable[[jax.Array, jax.Array, ConvSpec], jax.Array],
+def _on_each_device(whole: Computation, mesh: Mesh | AbstractMesh) -> Computation:
+    def replicated(x: jax.Array) -> jax.Array:
+        # On an Explicit mesh the axes are Auto here by now, in the mesh of the context.
+        here = jax.sharding.get_abstract_mesh()
+        sharding = NamedSharding(mesh if here.empty else here, PartitionSpec())
+        return jax.lax.with_sharding_constraint(x, sharding)
+
+    return lambda first, second: replicated(whole(replicated(first), replicated(second)))
+
+
+def _partitioned(
+    whole: Computation,
+    compute: Callable[[jax.Array, jax.Array, ConvSpec], jax.Array],
     contraction: Contraction,
     spec: ConvSpec,
     implementation: str | None,
     mesh: Mesh,
-) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """`whole`, a contraction, as XLA is to partition it.
-
-    Args:
-      whole: the contraction on one device.
-      local: the same contraction of another spec, on the parts that a device has.
-      contraction: which one.
-      spec: of the whole.
-      implementation: the one asked for.
-      mesh: the devices.
-    """
+) -> Computation:
+    """A contraction as XLA is to partition it over the devices of a mesh."""
     mesh = _refined(mesh)
     names = (*OPERANDS[contraction], RESULT[contraction])
 
@@ -78,7 +107,7 @@ def partitioned(
         }
         plan = choose(contraction, spec, given, mesh.shape)
         shardings = [NamedSharding(mesh, PartitionSpec(*plan.sharded(role))) for role in names]
-        return mesh, functools.partial(plan.compute, local), shardings[2], tuple(shardings[:2])
+        return mesh, functools.partial(plan.compute, compute), shardings[2], tuple(shardings[:2])
 
     function = custom_partitioning(whole)
     rule, sizes = sharding_rule(contraction, spec)

@@ -3,15 +3,17 @@
 A part is the batch N, the groups G, the outputs O or the inputs C of a group, an axis of
 `jax.vmap`, or a spatial dimension. If the result has it, the work is local; if it is summed over,
 there is one all-reduce of the result, or a reduce-scatter if that is to be sharded over the same
-axis; along a spatial dimension neighbours exchange halos. This module knows meshes by the names
+axis; along a spatial dimension neighbours exchange halos. Sums over devices are made in the dtype
+of the result, as XLA's own are: each device rounds its part. This module knows meshes by the names
 and sizes of their axes, and nothing of how XLA is told.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -100,8 +102,14 @@ class Plan:
 
     def compute(self, local: Callable, first: jax.Array, second: jax.Array) -> jax.Array:
         """What one device computes, from its parts of the operands to its part of the result."""
-        # An Explicit mesh of the caller's means nothing here.
-        with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        # XLA may ask from another thread, without the contexts of the caller, or from the caller's,
+        # whose Explicit mesh means nothing here.
+        has_64_bits = any(
+            dtype in (np.float64, np.complex128, np.int64, np.uint64)
+            for dtype in (self.spec.dtype, self.spec.out_dtype)
+        )
+        types = jax.enable_x64(True) if has_64_bits else contextlib.nullcontext()
+        with types, jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
             return self._compute(local, first, second)
 
     def _compute(self, local: Callable, first: jax.Array, second: jax.Array) -> jax.Array:
@@ -184,8 +192,8 @@ class Plan:
         return groups == self.parts("G") and size % self.parts(part) == 0
 
     def cost(self, axis: str, given: Mapping[Role, Dimensions]) -> tuple[bool, float]:
-        """Whether an operand has to be moved between the devices of an axis before anything is
-        computed, and how many bytes one of them sends in all.
+        """How many bytes a device sends along an axis, after whether it is for a kernel's gradient
+        that inputs or outputs are moved, which grow with the batch: that is summed instead.
 
         An array that is whole on each of them is cut for nothing; one that is cut is gathered, or
         cut otherwise in an all-to-all. A sum is reduced, and gathered or left scattered.
@@ -194,7 +202,7 @@ class Plan:
         for role in OPERANDS[self.contraction]:
             has, needs = (_place(axis, x) for x in (given[role], self.sharded(role)))
             if has is not None and has != needs:
-                moved = True
+                moved = self.contraction == "wgrad"
                 cost += self._nbytes(role)
         result = RESULT[self.contraction]
         wanted, gets = (_place(axis, x) for x in (given[result], self.sharded(result)))
@@ -206,9 +214,6 @@ class Plan:
             cost += self._nbytes(result) * (1 if wanted else 2)
         elif wanted != gets:
             cost += self._nbytes(result) * (1 if wanted else self.sizes[axis])
-        if isinstance(split, int):
-            halo = self.halos[split]
-            cost += self._nbytes("lhs") * (halo.before + halo.after) / halo.block
         return moved, cost
 
     def _nbytes(self, role: Role) -> float:
@@ -248,22 +253,19 @@ def choose(
 ) -> Plan:
     """The plan for operands that are sharded, and a result that is wanted, as `given`.
 
-    One mesh axis after the other, the major ones first, takes what leaves the operands where they
-    are, and of that, or else of all, what costs the fewest bytes.
+    One mesh axis after the other, as they shard the largest array, then the next, splits what
+    costs the fewest bytes; see `Plan.cost`. What an axis splits is not thought over again, so that
+    arrays with the same axes, in another order each, may be moved more than needed.
     """
+
+    def nbytes(role: Role) -> int:
+        return math.prod(spec.shape(role)) * spec.role_dtype(role).itemsize
+
     plan = Plan(contraction, spec, sizes, {})
-    for axis in _used(given.values(), sizes):
+    by_size = sorted(given, key=nbytes, reverse=True)
+    for axis in dict.fromkeys(a for role in by_size for axes in given[role] for a in axes):
         plan = min(plan.along(axis), key=lambda p: p.cost(axis, given))
     return plan.with_scattered_sums(given[RESULT[contraction]])
-
-
-def _used(arrays: Iterable[Dimensions], sizes: Mapping[str, int]) -> list[str]:
-    """The axes that shard anything: those first that are major where they do."""
-    ranks = {
-        axis: [axes.index(axis) for array in arrays for axes in array if axis in axes]
-        for axis in sizes
-    }
-    return sorted((axis for axis in sizes if ranks[axis]), key=lambda axis: min(ranks[axis]))
 
 
 def _place(axis: str, dimensions: Dimensions) -> tuple[int, Axes] | None:
