@@ -94,8 +94,8 @@ def _axes(sharding: NamedSharding, rank: int) -> list[Axes]:
     """The mesh axes of each dimension, as tuples."""
     if sharding.spec.unreduced or sharding.spec.reduced:
         raise ValueError(
-            f"lhs and rhs must not have unreduced or reduced mesh axes, got {sharding.spec}; reshard "
-            "them with jax.sharding.reshard"
+            f"lhs and rhs must not have unreduced or reduced mesh axes, got {sharding.spec}; "
+            "reshard them with jax.sharding.reshard"
         )
     entries = [*sharding.spec, *[None] * (rank - len(sharding.spec))]
     return [() if e is None else e if isinstance(e, tuple) else (e,) for e in entries]

@@ -671,6 +671,23 @@ def test_laxs_own_kernel_gradient_is_multiplied(sizes):
     oracle.assert_close(theirs, sizes[1] * expected, sizes[1] * length)
 
 
+def test_laxs_own_forward_convolution_is_wrong_for_some_shardings():
+    """As above: if this fails, it is mended."""
+    mesh = make_mesh(a=4, b=2)
+    case = dense("lax", (2, 8, 4, 8), (3, 3, 8, 8))
+    x, w, _ = case.random()
+    batch, inputs, rows = (
+        NamedSharding(mesh, spec) for spec in (P("b"), P(None, None, "b"), P(None, "b"))
+    )
+    placed = jax.device_put((x, w), (batch, inputs))
+    ours, theirs = (
+        jax.jit(conv, out_shardings=rows)(*placed) for conv in (case.conv(), case.lax_conv())
+    )
+    expected = oracle.forward(x, w, **case.arguments)
+    oracle.assert_close(ours, expected, oracle.lengths(*case.shapes, **case.arguments)[0])
+    assert np.abs(theirs - expected).max() > 1
+
+
 @pytest.mark.slow
 def test_the_table_in_the_docs_is_what_its_command_writes():
     table = partition_table.page(MESH)

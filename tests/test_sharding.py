@@ -401,6 +401,17 @@ def test_what_does_not_follow_is_refused_with_the_mend(groups, lhs, rhs, message
 
 
 @pytest.mark.usefixtures("explicit")
+def test_sums_that_are_yet_to_be_made_are_refused():
+    w = place((P(), P(), P()))[1]
+
+    def conv(x):
+        return CASE.conv()(jax.sharding.reshard(x, P("data", unreduced={"group"})), w)
+
+    with pytest.raises(ValueError, match="must not have unreduced or reduced mesh axes"):
+        jax.jit(conv)(CASE.random()[0])
+
+
+@pytest.mark.usefixtures("explicit")
 @every_implementation
 def test_gradients_for_each_example_on_explicit_axes(implementation):
     x, w, _ = place((BATCHED, KERNEL, BATCHED))
