@@ -72,11 +72,12 @@ def test_feature_maps_of_the_paper():
     assert config.pooled_size == size == 6
 
 
-@pytest.mark.parametrize("towers", [1, 2, 4, 8])
+@pytest.mark.parametrize("towers", [1, 8])
 def test_any_number_of_towers_that_divides_the_features(towers):
     config = AlexNetConfig.small(towers=towers)
-    net = AlexNet(config, rngs=nnx.Rngs(0))
-    assert net(jnp.ones((3, 32, 32, 3))).shape == (3, 10)
+    net = nnx.eval_shape(lambda: AlexNet(config, rngs=nnx.Rngs(0)))
+    out = nnx.eval_shape(lambda net, images: net(images), net, jnp.ones((3, 32, 32, 3)))
+    assert out.shape == (3, 10)
     own = [layer.feature_group_count for layer in net.convolutions]
     assert own == [1, towers, 1, towers, towers]
 
@@ -148,8 +149,15 @@ def numpy_alexnet(params: dict, config: AlexNetConfig, images: np.ndarray) -> np
     return x @ params["classes"]["kernel"] + params["classes_bias"]
 
 
-@pytest.mark.parametrize("towers", [1, 2, 4])
-@pytest.mark.parametrize("alpha", [1e-4, 1.0])
+@pytest.mark.parametrize(
+    ("towers", "alpha"),
+    [
+        (2, 1.0),
+        pytest.param(1, 1e-4, marks=pytest.mark.slow),
+        pytest.param(2, 1e-4, marks=pytest.mark.slow),
+        pytest.param(4, 1.0, marks=pytest.mark.slow),
+    ],
+)
 def test_the_whole_net_against_numpy(towers, alpha):
     # With alpha = 1 a window that crossed a tower's edge would show clearly.
     config = dataclasses.replace(TINY, towers=towers, lrn_alpha=alpha)

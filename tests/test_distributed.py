@@ -145,7 +145,7 @@ def test_several_processes_train_as_one(folder, count, mesh, how):
     assert_same(evaluations(folder), evaluations_of_one_process(folder, 1, of=1, towers=towers))
     assert (folder / "run" / "filters.png").exists()
     told = [(folder / f"{number}.out").read_text() for number in range(count)]
-    assert f"{count} processes, {mesh[0] * mesh[1]} devices" in told[0]
+    assert f"data {mesh[0]} x group {mesh[1]}" in told[0]
     assert "epoch   1: train loss" in told[0]
     assert not any("epoch" in others for others in told[1:])
 
@@ -222,6 +222,7 @@ def test_processes_that_do_not_meet_say_so():
     ) in result.stderr
 
 
+@pytest.mark.slow
 def test_a_mesh_without_devices_of_some_process_is_refused(folder):
     with started(folder, 2, *new_run((1, 1), epochs=1)) as processes:
         assert [process.wait(timeout=60) for process in processes] == [2, 2]

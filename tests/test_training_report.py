@@ -33,7 +33,7 @@ def moved(report, axis):
     return sum(row.compiled_nbytes for row in report.rows if row.axes == (axis,))
 
 
-@pytest.mark.parametrize(("data", "group"), [(1, 2), (2, 2)])
+@pytest.mark.parametrize(("data", "group"), [pytest.param(1, 2, marks=pytest.mark.slow), (2, 2)])
 def test_shard_map_moves_what_was_computed_and_nothing_else(data, group):
     found = report(data, group)
     assert found.notes == ()
@@ -53,6 +53,7 @@ def test_jit_moves_no_more():
     assert all(note.endswith("all-reduce instead of reduce-scatter") for note in found.notes)
 
 
+@pytest.mark.slow
 def test_pmap_sums_the_gradient_of_the_logits_once_more():
     """Its sum has a sum for a transpose, and the last bias has a copy on each device."""
     found = report(2, 2, "pmap")
@@ -62,6 +63,7 @@ def test_pmap_sums_the_gradient_of_the_logits_once_more():
     assert [(axes, n) for (_, axes), n in excess.items()] == [((DATA, GROUP), bias)]
 
 
+@pytest.mark.slow
 def test_memory_against_one_device():
     found = report(1, 2, alone=lambda: trainer(1, 1))
     assert [m.name for m in found.memory][:2] == ["parameters", "optimizer state"]
