@@ -176,11 +176,10 @@ def test_batch_and_groups_are_local_on_any_mesh(split):
 
 
 @pytest.mark.slow
-@every_implementation
 @pytest.mark.parametrize("split", list(SPLITS))
 @each_case(DIVIDED)
-def test_every_case_is_local(case, split, implementation):
-    assert_local(case, split, implementation)
+def test_every_case_is_local(case, split):
+    assert_local(case, split, None)
 
 
 def dense(name: str, lhs, rhs, groups: int = 1, **more) -> Case:
@@ -380,7 +379,7 @@ def test_rows_out_of_step_with_their_dilation_are_gathered():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(6))
 def test_any_sharding_of_any_case_is_right(seed):
     draw = np.random.default_rng(seed)
     meshes = [{"data": 4, "group": 2}, {"data": 2, "group": 4}, {"a": 2, "b": 2, "c": 2}]
