@@ -117,7 +117,12 @@ def _partitioned(
         # XLA sees a pointer to the callback, which jax leaves out of the key of the persistent
         # compilation cache if jax_remove_custom_partitioning_ptr_from_cache_key is set. This is
         # what tells different contractions apart then.
-        with set_xla_metadata(grouped_conv=f"{__version__} {contraction} {implementation} {spec}"):
+        metadata = f"{__version__} {contraction} {implementation} {spec}"
+        # The scope is what profiles, and reports of collectives, call it.
+        with (
+            set_xla_metadata(grouped_conv=metadata),
+            jax.named_scope(f"grouped_conv.{contraction}"),
+        ):
             return function(first, second)
 
     return named

@@ -82,7 +82,7 @@ class Row:
         if not compiled:
             return "not in the compiled program"
         if not computed:
-            return f"{compiled} that was not computed"
+            return f"{compiled} that was not expected"
         if self.excess:
             return f"{compiled} of {self.excess:,} bytes more than computed"
         if self.compiled_nbytes < self.computed_nbytes:
@@ -124,7 +124,7 @@ class PlacementReport:
 
     def __str__(self) -> str:
         mesh = " x ".join(f"{axis} {size}" for axis, size in self.mesh_shape)
-        title = f"Collectives of one step on a mesh of {mesh}; bytes on each device"
+        title = f"Collectives of one step on a mesh of {mesh}; bytes into or out of a device"
         lines = [title, *self._collectives(), ""]
         if not self.rows:
             lines = [f"No collectives on a mesh of {mesh}.", ""]
@@ -179,6 +179,7 @@ def placement_report(
       alone: the same program compiled for one device, to compare the memory with.
 
     Raises:
+      TypeError: it is not compiled.
       ValueError: the program runs on more devices than the mesh has, or an array of `held` says
         nothing of its sharding.
 
@@ -195,6 +196,11 @@ def placement_report(
       x       ...         128               128
       ...
     """
+    if not hasattr(compiled, "memory_analysis"):
+        raise TypeError(
+            f"compiled must be a compiled program, got {type(compiled).__name__}; compile it with "
+            "jax.jit(function).lower(*args).compile()"
+        )
     needed = tuple(exchanges or ())
     memory = [_held(name, tree) for name, tree in (held or {}).items()]
     if (temporary := _temporary_bytes(compiled)) is not None:

@@ -165,8 +165,8 @@ def test_when_one_is_killed_the_others_end_and_the_run_goes_on(folder, killed, p
         assert left.wait(timeout=60) != 0
     said = (folder / f"{1 - killed}.err").read_text()
     assert (
-        f"error: process {1 - killed} of 2 has ended, because another one has died or it was "
-        "killed itself; go on with --resume --run-dir run\n"
+        f"error: process {1 - killed} of 2 has ended: it was killed, or another one was; "
+        "go on with --resume --run-dir run\n"
     ) in said
     assert "Traceback" not in said
     before = len(evaluations(folder))
@@ -203,7 +203,7 @@ def test_an_end_by_the_runtime_is_explained():
     )
     assert result.returncode == -signal.SIGABRT
     assert result.stderr == (
-        "error: process 0 of 1 has ended, because another one has died or it was killed itself; "
+        "\nerror: process 0 of 1 has ended: it was killed, or another one was; "
         "go on with --resume\n"
     )
 
@@ -217,9 +217,12 @@ def test_processes_that_do_not_meet_say_so():
         "with distributed.joined(config.TrainConfig(**one)): pass"
     )
     assert result.returncode != 0
-    assert (
-        f"error: the processes did not meet at 127.0.0.1:{port} within 3 seconds\n"
-    ) in result.stderr
+    assert f"meeting the other processes at 127.0.0.1:{port}, for 3 seconds at most\n" in (
+        result.stderr
+    )
+    assert f"error: this process has ended before it met the others at 127.0.0.1:{port}\n" in (
+        result.stderr
+    )
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_alexnet import TINY
 
+from grouped_conv_jax import grouped_conv
 from grouped_conv_jax.models import AlexNet, AlexNetConfig, alexnet_exchanges
 from grouped_conv_jax.placement import Exchange, Memory, placement_report
 from grouped_conv_jax.towers import DATA, GROUP, TowerNet, make_mesh
@@ -128,8 +129,8 @@ def test_a_gather_that_nobody_asked_for_is_said(mesh):
     assert missing.note == "not in the compiled program"
     assert (found.compiled_kinds, found.axes) == (("all-gather",), ("a",))
     assert found.excess == 8 * 16 * 4
-    assert found.note == "all-gather that was not computed"
-    assert "all-gather that was not computed" in str(report)
+    assert found.note == "all-gather that was not expected"
+    assert "all-gather that was not expected" in str(report)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +205,7 @@ def test_as_text(mesh):
     needed = Exchange("layer1", "fprop", "all-gather", ("a",), 128)
     text = str(placement_report(gathering(mesh, "layer1"), mesh, exchanges=[needed]))
     assert text.partition("\n\nheld by")[0].splitlines() == [
-        "Collectives of one step on a mesh of a 4 x b 2; bytes on each device",
+        "Collectives of one step on a mesh of a 4 x b 2; bytes into or out of a device",
         "layer   contraction  over  computed    bytes  compiled    bytes",
         "layer1  fprop        a     all-gather    128  all-gather    512",
         "total                a                   128                512",
@@ -227,3 +228,18 @@ def test_an_array_that_does_not_say_where_it_is_is_refused(mesh):
     compiled = compiled_on(mesh, jnp.sin, P("a"))
     with pytest.raises(ValueError, match=r"x has an array of shape \(3,\) without a sharding"):
         placement_report(compiled, mesh, held={"x": jax.ShapeDtypeStruct((3,), np.float32)})
+
+
+def test_what_is_not_compiled_is_refused_with_the_mend(mesh):
+    with pytest.raises(TypeError, match=r"compile it with jax\.jit\(function\)\.lower"):
+        placement_report(jax.jit(jnp.sum), mesh)
+
+
+def test_a_sharded_grouped_convolution_is_called_by_its_name(mesh):
+    def loss(x, w):
+        return jnp.sum(grouped_conv(x, w, (1,), "SAME", feature_group_count=2))
+
+    x = jax.ShapeDtypeStruct((8, 4, 6), np.float32, sharding=NamedSharding(mesh, P("a")))
+    w = jax.ShapeDtypeStruct((4, 2, 3), np.float32, sharding=NamedSharding(mesh, P()))
+    (row,) = placement_report(jax.jit(jax.grad(loss, 1)).lower(x, w).compile(), mesh).rows
+    assert "grouped_conv.wgrad" in row.layer

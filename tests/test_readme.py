@@ -13,7 +13,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_code_runs_in_order():
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
     names: dict = {}
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), names)

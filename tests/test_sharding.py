@@ -405,7 +405,7 @@ def test_sums_that_are_yet_to_be_made_are_refused():
     w = place((P(), P(), P()))[1]
 
     def conv(x):
-        return CASE.conv()(jax.sharding.reshard(x, P("data", unreduced={"group"})), w)
+        return CASE.conv()(jax.sharding.reshard(x, P("data", unreduced=frozenset({"group"}))), w)
 
     with pytest.raises(ValueError, match="must not have unreduced or reduced mesh axes"):
         jax.jit(conv)(CASE.random()[0])

@@ -31,7 +31,7 @@ import sys
 last = ""
 for last in sys.stdin:
     pass
-sys.stderr.write(last if last.strip() else "")
+sys.stderr.write("\\n" + last if last.strip() else "")
 """
 
 # What the messages of errors that come from a lost process have in common, in lower case.
@@ -75,8 +75,8 @@ class Process:
     def lost_message(self) -> str:
         """The one sentence that says what has happened."""
         return (
-            f"error: process {jax.process_index()} of {jax.process_count()} has ended, because "
-            f"another one has died or it was killed itself{self._way_back}"
+            f"error: process {jax.process_index()} of {jax.process_count()} has ended: it was "
+            f"killed, or another one was{self._way_back}"
         )
 
     def end_by(self, error: BaseException) -> None:
@@ -119,7 +119,8 @@ def joined(config: TrainConfig) -> Iterator[Process | None]:
         yield None
         return
     where = f"at {config.coordinator}" if config.coordinator else "in the cluster"
-    process = Process(f"error: the processes did not meet {where} within {TOGETHER} seconds")
+    print(f"meeting the other processes {where}, for {TOGETHER} seconds at most", file=sys.stderr)
+    process = Process(f"error: this process has ended before it met the others {where}")
     try:
         _initialize(config)
         process.joined()
