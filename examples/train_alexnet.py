@@ -112,8 +112,9 @@ def set_up(config: TrainConfig) -> Run:
     Raises:
       UsageError: an option or a folder is wrong.
     """
-    mesh, dataset, net = load(config)
-    distributed.synchronize("loaded")
+    mesh, dataset, net = distributed.by_all("loaded", lambda: load(config))
+    distributed.check_same("settings", repr(dataclasses.replace(config, process_id=0)))
+    distributed.check_same("images", f"{dataset.classes} {dataset.train.labels.tolist()}")
     trainer = new_trainer(config, dataset, net, mesh)
     images = {
         "classes": list(dataset.classes),
@@ -121,6 +122,7 @@ def set_up(config: TrainConfig) -> Run:
         "test_images": len(dataset.test),
     }
     folder = config.run_dir if config.resume and config.run_dir else new_folder(config)
+    distributed.by_all("folder", lambda: check_shared(folder))
     try:
         checkpoints = Checkpoints(folder / "checkpoints")
         state = trainer.init()
@@ -135,6 +137,7 @@ def set_up(config: TrainConfig) -> Run:
                 config.save(folder / "config.json", **images)
             # So that there is something to go on from however early the run is stopped.
             checkpoints.save(state)
+            checkpoints.wait()
     except OSError as error:
         raise UsageError(f"cannot write to the run folder {folder}: {error.strerror}") from error
     return Run(config, folder, dataset, net, trainer, state, checkpoints)
@@ -233,6 +236,12 @@ def new_folder(config: TrainConfig) -> Path:
     return folder
 
 
+def check_shared(folder: Path) -> None:
+    """Raises UsageError where a process does not see the folder that the first one has made."""
+    if not folder.is_dir():
+        raise UsageError(f"{folder} must be on a file system that all processes share")
+
+
 def describe(run: Run, console: Console) -> None:
     """Shows what is about to be trained, and where it lives."""
     mesh = run.trainer.net.mesh
@@ -254,7 +263,7 @@ def describe(run: Run, console: Console) -> None:
         run.state,
         run.config.batch_size,
         run.dataset.train.images.shape[1:],
-        alone=alone if mesh.size > 1 else None,
+        alone=alone if mesh.size > 1 and distributed.is_first() else None,
     )
     console.print(str(report), markup=False, highlight=False)
     if distributed.is_first():

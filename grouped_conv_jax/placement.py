@@ -83,11 +83,14 @@ class Row:
             return "not in the compiled program"
         if not computed:
             return f"{compiled} that was not expected"
+        notes = [f"{compiled} instead of {computed}"] if compiled != computed else []
         if self.excess:
-            return f"{compiled} of {self.excess:,} bytes more than computed"
-        if self.compiled_nbytes < self.computed_nbytes:
-            return f"{self.computed_nbytes - self.compiled_nbytes:,} bytes less than computed"
-        return f"{compiled} instead of {computed}" if compiled != computed else ""
+            notes.append(f"{self.excess:,} bytes more than computed")
+        elif self.compiled_nbytes < self.computed_nbytes:
+            notes.append(
+                f"{self.computed_nbytes - self.compiled_nbytes:,} bytes less than computed"
+            )
+        return ", ".join(notes)
 
 
 @dataclass(frozen=True)

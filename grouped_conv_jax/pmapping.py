@@ -17,7 +17,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.sharding import Mesh, PartitionSpec
 
-DEVICE = "device"
+DEVICE = "devices of pmap"
 """The axis of pmap: the devices of the mesh, in the order of `mesh.devices.flat`."""
 
 NAMES_IN = {

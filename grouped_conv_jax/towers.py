@@ -85,6 +85,11 @@ class TowerNet:
                 raise ValueError(
                     f"the mesh has no axis {axis!r}; its axes are {self.mesh.axis_names}"
                 )
+            if self.mesh.axis_types[self.mesh.axis_names.index(axis)] != AxisType.Auto:
+                raise ValueError(
+                    f"the mesh axis {axis!r} must be Auto, as those of make_mesh are, not "
+                    f"{self.mesh.axis_types[self.mesh.axis_names.index(axis)].name}"
+                )
         self._check_metadata()
 
     def init(self, key: jax.Array) -> Any:
@@ -162,7 +167,10 @@ class TowerNet:
             for array in arrays:
                 self.check_batch(len(array))
             if placement == "jit":
-                return function(self.whole(params), *arrays)
+                arrays = lax.with_sharding_constraint(arrays, self.examples)
+                params = lax.with_sharding_constraint(params, self.shardings)
+                results = function(self.whole(params), *arrays)
+                return lax.with_sharding_constraint(results, self.examples)
             return placed(len(arrays))(params, *arrays)
 
         return by_example

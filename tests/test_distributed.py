@@ -62,12 +62,15 @@ def by_slurm(count: int, number: int, port: int) -> tuple[tuple[str, ...], dict[
 
 
 @contextmanager
-def started(folder: Path, count: int, *arguments, how=by_hand) -> Iterator[list[subprocess.Popen]]:
+def started(
+    folder: Path, count: int, *arguments, how=by_hand, only_the_second: tuple = ()
+) -> Iterator[list[subprocess.Popen]]:
     """The script in several processes; what each says is in files of its own."""
     port = free_port()
     processes = []
     for number in range(count):
         options, environment = how(count, number, port)
+        options = [*options, *map(str, only_the_second if number == 1 else ())]
         with (folder / f"{number}.out").open("w") as out, (folder / f"{number}.err").open("w") as e:
             processes.append(
                 subprocess.Popen(
@@ -234,3 +237,48 @@ def test_a_mesh_without_devices_of_some_process_is_refused(folder):
         assert (
             "error: a mesh of 1 x 1 has devices of 1 of the 2 processes; it must have some of each"
         ) in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("different", "reason"),
+    [
+        (("--seed", 3), "the processes of a run must have the same settings"),
+        (("--data", "folder:nowhere"), "cannot read the folder nowhere"),
+    ],
+    ids=["settings", "an error of one"],
+)
+def test_processes_begin_together_or_not_at_all(folder, different, reason):
+    options = new_run((1, 2), epochs=1)
+    with started(folder, 2, *options, only_the_second=different) as processes:
+        assert [process.wait(timeout=100) for process in processes] == [2, 2]
+    said = [(folder / f"{number}.err").read_text() for number in range(2)]
+    assert reason in said[1]
+    assert all("\nerror: " in text for text in said)
+    assert not any("Traceback" in text for text in said)
+    assert not (folder / "run").exists()
+
+
+@pytest.mark.slow
+def test_processes_end_when_they_are_told_to(folder):
+    with started(folder, 2, *new_run((1, 2), epochs=40)) as processes:
+        while not evaluations(folder):
+            assert processes[0].poll() is None, (folder / "0.err").read_text()
+            time.sleep(0.02)
+        for process in processes:
+            process.terminate()
+        assert all(process.wait(timeout=60) != 0 for process in processes)
+    assert "go on with --resume --run-dir run\n" in (folder / "0.err").read_text()
+
+
+def test_a_port_that_is_taken_is_said():
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = program(
+            "from alexnet import config, distributed\n"
+            f"one = dict(coordinator='127.0.0.1:{port}', num_processes=2, process_id=0)\n"
+            "with distributed.joined(config.TrainConfig(**one)): pass"
+        )
+    assert f"cannot use the port of --coordinator 127.0.0.1:{port}" in result.stderr

@@ -22,6 +22,10 @@ class Checkpoints:
         """Saves in the background."""
         self._manager.save(int(state.step), args=ocp.args.StandardSave(state._asdict()))
 
+    def wait(self) -> None:
+        """Until what was saved is on disk."""
+        self._manager.wait_until_finished()
+
     def restore_newest(self, like: TrainState) -> TrainState:
         """The newest state, placed as `like` is.
 

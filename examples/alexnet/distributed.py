@@ -1,11 +1,14 @@
 """A run of several processes: how they find each other, act as one, and end when one has died."""
 
 import os
+import socket
 import subprocess
 import sys
 import traceback
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar, cast
 
 import jax
 import numpy as np
@@ -14,6 +17,8 @@ from jax.experimental import multihost_utils
 
 from alexnet.config import TrainConfig
 from alexnet.errors import UsageError
+
+Result = TypeVar("Result")
 
 SILENCE = 30
 """Seconds without a sign of life after which a process counts as dead."""
@@ -86,7 +91,8 @@ class Process:
             code = 130
             print(f"stopped{self._way_back}", file=sys.stderr)
         elif any(word in str(error).lower() for word in LOST):
-            print(self.lost_message, file=sys.stderr)
+            reason = str(error).partition("\n")[0]
+            print(f"{reason}\n{self.lost_message}", file=sys.stderr)
         else:
             traceback.print_exception(error)
         sys.stderr.flush()
@@ -136,6 +142,10 @@ def joined(config: TrainConfig) -> Iterator[Process | None]:
 
 
 def _initialize(config: TrainConfig) -> None:
+    # It would take SIGTERM for a notice that somebody is going to ask for, and nobody does.
+    jax.config.update("jax_enable_preemption_service", False)
+    if config.process_id == 0 and config.coordinator:
+        _check_free(config.coordinator)
     try:
         jax.distributed.initialize(
             config.coordinator,
@@ -155,6 +165,16 @@ def _initialize(config: TrainConfig) -> None:
         raise UsageError(f"cannot join the run at {config.coordinator}: {reason}") from error
 
 
+def _check_free(address: str) -> None:
+    """Raises UsageError where another program has the port, of which the runtime would die."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", int(address.rpartition(":")[2])))
+        except OSError as error:
+            raise UsageError(f"cannot use the port of --coordinator {address}: {error}") from error
+
+
 def is_first() -> bool:
     """Whether this is the process that talks, draws and writes what is written once."""
     return jax.process_index() == 0
@@ -169,6 +189,35 @@ def synchronize(name: str) -> None:
 def agreed(number: int) -> int:
     """The number of the first process, below 2**32."""
     return int(multihost_utils.broadcast_one_to_all(np.uint32(number)))
+
+
+def by_all(name: str, action: Callable[[], Result]) -> Result:
+    """What each process does for itself, and all of them or none.
+
+    Raises:
+      UsageError: it went wrong, in any process.
+    """
+    refused, result = None, None
+    try:
+        result = action()
+    except UsageError as error:
+        refused = error
+    synchronize(name)
+    if jax.process_count() > 1 and np.any(
+        multihost_utils.process_allgather(np.uint32(refused is not None))
+    ):
+        raise refused or UsageError("another process cannot go on; see its message")
+    if refused:
+        raise refused
+    return cast(Result, result)
+
+
+def check_same(what: str, text: str) -> None:
+    """Raises UsageError, in every process, unless it is the same text in all."""
+    if jax.process_count() > 1:
+        sums = multihost_utils.process_allgather(np.uint32(zlib.crc32(text.encode())))
+        if len(set(np.ravel(sums).tolist())) > 1:
+            raise UsageError(f"the processes of a run must have the same {what}")
 
 
 def by_the_first(action: Callable[[], None]) -> None:

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from alexnet.data import Split, padded_batches
 from grouped_conv_jax.models import AlexNet, AlexNetConfig
 from grouped_conv_jax.pmapping import Pmap
-from grouped_conv_jax.towers import DATA, GROUP, Placement, TowerNet
+from grouped_conv_jax.towers import DATA, Placement, TowerNet
 
 
 class TrainState(NamedTuple):
@@ -75,7 +75,10 @@ class Trainer:
         self._image_size = image_size
         self._normalization = normalization
         self._flip = flip
-        self._init_key, self._step_key = jax.random.split(jax.random.key(seed))
+        self._init_key, self._step_key = jax.random.split(
+            # Of all of JAX's generators the one whose numbers do not depend on the devices.
+            jax.random.key(seed, impl="threefry2x32")
+        )
         right = net.by_example(self._right_by_example, placement)
         self._count_right: Any = lambda params, *batch: jnp.sum(right(params, *batch))
         # The batch's shape is constant, so a second trace would mean a second compilation. chex
@@ -203,9 +206,10 @@ class Trainer:
         keys = lax.dynamic_slice_in_dim(keys, lax.axis_index(DATA) * count, count)
 
         def share(params):
-            """What this device has of the mean loss; all towers have the same losses."""
+            """What this device has of the mean loss; those with the same examples have the same."""
             losses, right = self._scores(self.net.on_device(params), images, labels, keys)
-            return jnp.sum(losses) / (batch * lax.axis_size(GROUP)), (losses, right)
+            copies = self.net.mesh.size // self.net.mesh.shape[DATA]
+            return jnp.sum(losses) / (batch * copies), (losses, right)
 
         grads, scores = jax.grad(share, has_aux=True)(state.params)
         loss, accuracy = (lax.psum(jnp.sum(x), DATA) / batch for x in scores)
