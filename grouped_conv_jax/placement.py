@@ -83,14 +83,11 @@ class Row:
             return "not in the compiled program"
         if not computed:
             return f"{compiled} that was not expected"
-        notes = [f"{compiled} instead of {computed}"] if compiled != computed else []
-        if self.excess:
-            notes.append(f"{self.excess:,} bytes more than computed")
-        elif self.compiled_nbytes < self.computed_nbytes:
-            notes.append(
-                f"{self.computed_nbytes - self.compiled_nbytes:,} bytes less than computed"
-            )
-        return ", ".join(notes)
+        difference = self.compiled_nbytes - self.computed_nbytes
+        more = f"{abs(difference):,} bytes {'more' if difference > 0 else 'less'} than computed"
+        if compiled != computed:
+            return f"{compiled} instead of {computed}" + (f", {more}" if difference else "")
+        return f"{compiled} of {more}" if difference else ""
 
 
 @dataclass(frozen=True)

@@ -220,9 +220,7 @@ def test_processes_that_do_not_meet_say_so():
         "with distributed.joined(config.TrainConfig(**one)): pass"
     )
     assert result.returncode != 0
-    assert f"meeting the other processes at 127.0.0.1:{port}, for 3 seconds at most\n" in (
-        result.stderr
-    )
+    assert f"meeting the others at 127.0.0.1:{port}, for 3 seconds at most\n" in (result.stderr)
     assert f"error: this process has ended before it met the others at 127.0.0.1:{port}\n" in (
         result.stderr
     )

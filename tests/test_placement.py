@@ -138,7 +138,7 @@ def test_a_gather_that_nobody_asked_for_is_said(mesh):
     [
         ("all-gather", 512, ""),
         ("all-gather", 128, "all-gather of 384 bytes more than computed"),
-        ("all-gather", 600, "88 bytes less than computed"),
+        ("all-gather", 600, "all-gather of 88 bytes less than computed"),
         ("collective-permute", 512, "all-gather instead of collective-permute"),
     ],
 )

@@ -125,7 +125,8 @@ def joined(config: TrainConfig) -> Iterator[Process | None]:
         yield None
         return
     where = f"at {config.coordinator}" if config.coordinator else "in the cluster"
-    print(f"meeting the other processes {where}, for {TOGETHER} seconds at most", file=sys.stderr)
+    if config.coordinator:
+        print(f"meeting the others {where}, for {TOGETHER} seconds at most", file=sys.stderr)
     process = Process(f"error: this process has ended before it met the others {where}")
     try:
         _initialize(config)
