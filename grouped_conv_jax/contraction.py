@@ -15,6 +15,7 @@ axis becomes part of the letter that the mapped operands and the result share. I
 device by itself: until then it is an axis of its own in the spec, so that it can be sharded.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -25,9 +26,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from grouped_conv_jax import selection
 from grouped_conv_jax.algorithms import TABLE
+from grouped_conv_jax.devices import DeviceKind
 from grouped_conv_jax.explicit import has_explicit_axes, untyped
 from grouped_conv_jax.partition import requires_devices, spread
 from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec, Factor, Role
+from grouped_conv_jax.tuning import active as tuning_of_context
+from grouped_conv_jax.watching import Equation, Watch, watching
 
 COMPUTES: dict[Role, Contraction] = {role: contraction for contraction, role in RESULT.items()}
 
@@ -46,14 +50,24 @@ def contract(
     implementation: str | None,
     out_sharding: NamedSharding | None,
 ) -> jax.Array:
-    """Binds the primitive; the operands in the order of `OPERANDS[contraction]`."""
-    return grouped_conv_p.bind(
-        *_aligned(first, second),
+    """Binds the primitive; the operands in the order of `OPERANDS[contraction]`.
+
+    The tuning of the context goes with it, and with all that transformations make of it.
+    """
+    tuning = tuning_of_context()
+    return _bind(
+        first,
+        second,
         contraction=contraction,
         spec=spec,
         implementation=implementation,
+        choices=None if tuning is None or implementation is not None else tuning.choices,
         out_sharding=out_sharding,
     )
+
+
+def _bind(first: Any, second: Any, **params: Any) -> jax.Array:
+    return grouped_conv_p.bind(*_aligned(first, second), **params)
 
 
 def _aligned(first: Any, second: Any) -> tuple[Any, Any]:
@@ -75,7 +89,7 @@ def _aligned(first: Any, second: Any) -> tuple[Any, Any]:
 
 
 @grouped_conv_p.def_abstract_eval
-def _abstract_eval(first, second, *, contraction, spec, implementation, out_sharding):
+def _abstract_eval(first, second, *, contraction, spec, implementation, choices, out_sharding):
     role = RESULT[contraction]
     if out_sharding is None:
         unsharded = PartitionSpec(*[None] * len(spec.shape(role)))
@@ -92,18 +106,18 @@ def _abstract_eval(first, second, *, contraction, spec, implementation, out_shar
 
 
 def _transpose_rule(position: int):
-    def rule(cotangent, first, second, *, contraction, spec, implementation, out_sharding):
+    def rule(cotangent, first, second, *, contraction, spec, out_sharding, **choice):
         operands = OPERANDS[contraction]
         values = dict(zip(operands, (first, second), strict=True))
         values[RESULT[contraction]] = cotangent
         sharding = values[operands[position]].aval.sharding
         transposed = COMPUTES[operands[position]]
-        return contract(
+        return _bind(
             *(values[role] for role in OPERANDS[transposed]),
             contraction=transposed,
             spec=spec,
-            implementation=implementation,
             out_sharding=sharding if has_explicit_axes(sharding.mesh) else None,
+            **choice,
         )
 
     return rule
@@ -122,9 +136,9 @@ _FACTOR: dict[frozenset[Role], Factor] = {
 }
 
 
-def _batching_rule(axis_data, operands, axes, *, contraction, spec, implementation, out_sharding):
+def _batching_rule(axis_data, operands, axes, *, contraction, spec, out_sharding, **choice):
     result, roles = RESULT[contraction], OPERANDS[contraction]
-    params = {"contraction": contraction, "implementation": implementation}
+    params = {"contraction": contraction, **choice}
     if axes == (None, None):
         return grouped_conv_p.bind(*operands, spec=spec, out_sharding=out_sharding, **params), None
     mapped: set[Role] = {result}
@@ -138,7 +152,7 @@ def _batching_rule(axis_data, operands, axes, *, contraction, spec, implementati
         for x, axis in zip(operands, axes, strict=True)
     )
     larger = spec.mapped_over(_FACTOR[frozenset(mapped)], axis_data.size)
-    return contract(*operands, spec=larger, out_sharding=out_sharding, **params), 0
+    return _bind(*operands, spec=larger, out_sharding=out_sharding, **params), 0
 
 
 batching.fancy_primitive_batchers[grouped_conv_p] = _batching_rule
@@ -149,19 +163,30 @@ batching.fancy_primitive_batchers[grouped_conv_p] = _batching_rule
 
 
 def _lowering_rule(platform: str):
-    def rule(ctx, *operands, contraction, spec, implementation, out_sharding):
+    def rule(ctx, *operands, contraction, spec, implementation, choices, out_sharding):
+        device = DeviceKind.lowered_for(platform, ctx)
+
         def on_one_device(first, second, spec):
             result = RESULT[contraction]
             if spec.is_empty:
                 return jnp.zeros(spec.shape(result), spec.role_dtype(result))
             merged = spec.merged()
-            name = selection.resolve(implementation, contraction, merged, platform)
+            name = selection.resolve(implementation, contraction, merged, platform, choices, device)
             first, second = map(spec.merge, OPERANDS[contraction], (first, second))
+            algorithm = getattr(TABLE[name], contraction)
             with jax.named_scope(f"grouped_conv.{contraction}.{name}"):
-                out = getattr(TABLE[name], contraction)(first, second, merged)
+                # A function of its own: what it has of constants stays in it. A partitioned one
+                # may have none.
+                out = jax.jit(lambda *operands: algorithm(*operands, merged))(first, second)
             return spec.split(result, out)
 
-        compute = spread(on_one_device, contraction, spec, implementation, ctx)
+        watch: Watch | None = watching.value
+        note = None
+        if watch is not None:
+            equation = Equation(contraction, spec, implementation, choices)
+            note = functools.partial(watch.note, equation, device)
+        how = f"{implementation} {choices} {watch}"
+        compute = spread(on_one_device, contraction, spec, how, ctx, note)
         # The type of the result is settled; how it is computed need not be typed as well.
         compute = untyped(compute, ctx.avals_out[0].sharding)
         return mlir.lower_fun(compute, multiple_results=False)(ctx, *operands)

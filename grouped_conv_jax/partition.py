@@ -39,8 +39,9 @@ def spread(
     compute: Callable[[jax.Array, jax.Array, ConvSpec], jax.Array],
     contraction: Contraction,
     spec: ConvSpec,
-    implementation: str | None,
+    how: str,
     context: mlir.LoweringRuleContext,
+    note: Callable[[ConvSpec], None] | None = None,
 ) -> Computation:
     """A contraction for the devices that it is being lowered for.
 
@@ -53,17 +54,24 @@ def spread(
       compute: the contraction of a spec on one device.
       contraction: which one.
       spec: of the whole.
-      implementation: the one asked for.
+      how: what else `compute` depends on, as a key of compilation caches.
       context: of the lowering.
+      note: is told the specs that devices get, but for those inside `shard_map`, where they are
+        as traced.
     """
 
-    def whole(first: jax.Array, second: jax.Array) -> jax.Array:
+    def alone(first: jax.Array, second: jax.Array) -> jax.Array:
         return compute(first, second, spec)
+
+    def whole(first: jax.Array, second: jax.Array) -> jax.Array:
+        if note is not None:
+            note(spec)
+        return alone(first, second)
 
     axes: Any = context.module_context.axis_context
     if manual := getattr(axes, "manual_axes", None):
         if manual == frozenset(axes.mesh.axis_names):
-            return whole
+            return alone
         operand: Any = context.avals_in[0]
         return _on_each_device(whole, operand.sharding.mesh)
     devices = getattr(axes, "device_assignment", None)
@@ -75,7 +83,7 @@ def spread(
     mesh = Mesh(np.array(devices).reshape(list(sizes.values())), tuple(sizes))
     if context.module_context.lowering_parameters.for_export:
         return _on_each_device(whole, mesh)
-    return _partitioned(whole, compute, contraction, spec, implementation, mesh)
+    return _partitioned(alone, compute, contraction, spec, how, mesh, note)
 
 
 def _on_each_device(whole: Computation, mesh: Mesh | AbstractMesh) -> Computation:
@@ -89,12 +97,13 @@ def _on_each_device(whole: Computation, mesh: Mesh | AbstractMesh) -> Computatio
 
 
 def _partitioned(
-    whole: Computation,
+    alone: Computation,
     compute: Callable[[jax.Array, jax.Array, ConvSpec], jax.Array],
     contraction: Contraction,
     spec: ConvSpec,
-    implementation: str | None,
+    how: str,
     mesh: Mesh,
+    note: Callable[[ConvSpec], None] | None,
 ) -> Computation:
     """A contraction as XLA is to partition it over the devices of a mesh."""
     mesh = _refined(mesh)
@@ -106,10 +115,12 @@ def _partitioned(
             for role, x in zip(names, (*operands, result), strict=True)
         }
         plan = choose(contraction, spec, given, mesh.shape)
+        if note is not None:
+            note(plan.local_spec)
         shardings = [NamedSharding(mesh, PartitionSpec(*plan.sharded(role))) for role in names]
         return mesh, functools.partial(plan.compute, compute), shardings[2], tuple(shardings[:2])
 
-    function = custom_partitioning(whole)
+    function = custom_partitioning(alone)
     rule, sizes = sharding_rule(contraction, spec)
     function.def_partition(partition, sharding_rule=rule, decode_shardings=False, **sizes)
 
@@ -117,7 +128,7 @@ def _partitioned(
         # XLA sees a pointer to the callback, which jax leaves out of the key of the persistent
         # compilation cache if jax_remove_custom_partitioning_ptr_from_cache_key is set. This is
         # what tells different contractions apart then.
-        metadata = f"{__version__} {contraction} {implementation} {spec}"
+        metadata = f"{__version__} {contraction} {how} {spec}"
         # The scope is what profiles, and reports of collectives, call it.
         with (
             set_xla_metadata(grouped_conv=metadata),

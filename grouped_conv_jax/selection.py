@@ -1,27 +1,63 @@
 """Which implementation computes a contraction, for the platform and the shapes at hand."""
 
+import math
+
 from grouped_conv_jax.algorithms import TABLE, unsupported
+from grouped_conv_jax.devices import DeviceKind
 from grouped_conv_jax.spec import Contraction, ConvSpec
+from grouped_conv_jax.tuning import Choices
 
 
 def choose(contraction: Contraction, spec: ConvSpec, platform: str) -> str:
     """The automatic choice.
 
-    - `"xla"` for everything: `"vmap"` becomes the same convolutions, by a longer way.
+    On a CPU it is what is expected to be the fastest (`expected_seconds`) of those that compute
+    this, which comes to:
+
+    - a group for each input (depthwise): `"taps"`, a loop at the speed of memory;
+    - narrow groups, of up to 80 products for an output (3 x 3 taps of 8 inputs): `"taps"` for the
+      output and the input's gradient, since the matrix products of such groups are too thin;
+    - a kernel of one tap: `"patches"`, which are plain matrix products then;
+    - other groups, one group, and the kernel's gradient of narrow ones: `"dense"`, one convolution
+      for each;
+    - sizes that are not known yet: `"xla"`.
+
+    `"xla"` everywhere else, where nothing has been measured. `"vmap"` becomes the same convolutions
+    as `"xla"` by a longer way, and `"packed"` spoils neighbouring groups where there are infinities
+    or NaN: both are there to be asked for.
     """
-    return "xla"
+    if platform != "cpu" or spec.is_symbolic or spec.is_empty:
+        return "xla"
+    able = [name for name in TABLE if unsupported(name, contraction, spec, platform) is None]
+    return min(able, key=lambda name: expected_seconds(name, contraction, spec, platform))
+
+
+def expected_seconds(name: str, contraction: Contraction, spec: ConvSpec, platform: str) -> float:
+    """What an implementation is expected to take on two cores of a CPU (see `costs`); infinite if
+    it is not to be chosen, or if nothing is known of the platform.
+    """
+    if platform != "cpu" or not hasattr(TABLE[name], "seconds"):
+        return math.inf
+    return TABLE[name].seconds(contraction, spec)
 
 
 def resolve(
-    implementation: str | None, contraction: Contraction, spec: ConvSpec, platform: str
+    implementation: str | None,
+    contraction: Contraction,
+    spec: ConvSpec,
+    platform: str,
+    choices: Choices | None = None,
+    device: DeviceKind | None = None,
 ) -> str:
-    """The name of the implementation to run: the one asked for, or the automatic choice.
+    """The name of the implementation to run: the one asked for, the one that is the fastest of
+    those measured on such a device, or the automatic choice.
 
     Raises:
       NotImplementedError: the implementation that was asked for does not do this.
     """
     if implementation is None:
-        return choose(contraction, spec, platform)
+        fastest = None if choices is None else choices.fastest(contraction, spec, device)
+        return fastest or choose(contraction, spec, platform)
     if reason := unsupported(implementation, contraction, spec, platform):
         others = [n for n in TABLE if unsupported(n, contraction, spec, platform) is None]
         raise NotImplementedError(

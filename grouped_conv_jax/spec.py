@@ -145,6 +145,13 @@ class ConvSpec:
         shape = self.shape(role)
         return tuple(shape[d] for d in self.spatial_dimensions(role))
 
+    @property
+    def accumulator(self) -> np.dtype:
+        """The dtype of sums: that of the result, or 32 bits for narrower floats."""
+        dtype = np.dtype(self.out_dtype)
+        narrow = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
+        return np.dtype(np.float32) if narrow else dtype
+
     def extent(self, role: Role) -> tuple[int, ...]:
         """Spatial sizes with the gaps filled: those of the dilations, for `out` of the strides."""
         step = {"lhs": self.lhs_dilation, "rhs": self.rhs_dilation, "out": self.window_strides}
@@ -152,6 +159,41 @@ class ConvSpec:
         return tuple(
             0 if n == 0 else 1 + d * (n - 1) for n, d in zip(sizes, step[role], strict=True)
         )
+
+    @property
+    def dgrad_padding(self) -> list[tuple[int, int]]:
+        """Of the output, where it is convolved with the kernel turned round: as far as the kernel
+        reaches over each edge; one result for each filled position of the input.
+        """
+        before = [k - 1 - low for k, (low, _) in zip(self.extent("rhs"), self.padding, strict=True)]
+        sizes = (self.extent(role) for role in ("lhs", "rhs", "out"))
+        return [
+            (low, lhs + rhs - 1 - out - low)
+            for lhs, rhs, out, low in zip(*sizes, before, strict=True)
+        ]
+
+    @property
+    def wgrad_padding(self) -> list[tuple[int, int]]:
+        """Of the input, where the output is its kernel: the forward padding before, and after it
+        what makes one result for each filled tap.
+        """
+        sizes = (self.extent(role) for role in ("lhs", "rhs", "out"))
+        return [
+            (low, rhs + out - 1 - lhs - low)
+            for lhs, rhs, out, (low, _) in zip(*sizes, self.padding, strict=True)
+        ]
+
+    @property
+    def group_width(self) -> tuple[int, int]:
+        """C and O: the inputs and the outputs of a group."""
+        outputs, inputs = (self.rhs_shape[d] for d in self._own_layout("rhs")[:2])
+        return inputs, outputs // self.feature_group_count
+
+    @property
+    def is_symbolic(self) -> bool:
+        """Whether a size is not known yet, as `jax.export` allows."""
+        sizes = (*self.shape("lhs"), *self.shape("rhs"), *self.shape("out"))
+        return not all(isinstance(n, int) for n in sizes)
 
     @property
     def is_empty(self) -> bool:
@@ -165,6 +207,23 @@ class ConvSpec:
         taps = math.prod(self.spatial_shape("rhs"))
         times = math.prod(size for _, size in self.mapped)
         return times * math.prod(self.out_shape) * taps * inputs_per_group
+
+    # One layout for all, as algorithms like it.
+
+    def to_channels_last(self, role: Role, x: jax.Array) -> jax.Array:
+        """An array with its features last: (batch, *spatial, features), the kernel as (*spatial,
+        inputs, outputs).
+        """
+        return jnp.transpose(x, self._channels_last(role))
+
+    def from_channels_last(self, role: Role, x: jax.Array) -> jax.Array:
+        """Undoes `to_channels_last`."""
+        order = self._channels_last(role)
+        return jnp.transpose(x, sorted(range(len(order)), key=order.__getitem__))
+
+    def _channels_last(self, role: Role) -> tuple[int, ...]:
+        first, features, *spatial = self.layout(role)
+        return (*spatial, features, first) if role == "rhs" else (first, *spatial, features)
 
     # The mapped axes.
 

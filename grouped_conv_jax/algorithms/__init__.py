@@ -8,6 +8,10 @@ An implementation is a module with any of three functions,
 
     supports(contraction, spec, platform) -> None, or the reason why not
 
+and, to be chosen without being asked for,
+
+    seconds(contraction, spec) -> what it is expected to take on a CPU (see `costs`)
+
 where `platform` is "cpu", "cuda", "rocm", "tpu" or "another platform". It knows nothing of
 differentiation, vmap, sharding or of when it is chosen. To add one: write the file, and a line
 with its name in `TABLE`.
@@ -23,6 +27,10 @@ TABLE: dict[str, ModuleType] = {
     for name in (
         "xla",
         "vmap",
+        "dense",
+        "taps",
+        "patches",
+        "packed",
     )
 }
 
@@ -32,7 +40,7 @@ def implementations() -> tuple[str, ...]:
 
     >>> import grouped_conv_jax
     >>> grouped_conv_jax.implementations()
-    ('xla', 'vmap')
+    ('xla', 'vmap', 'dense', 'taps', 'patches', 'packed')
     """
     return tuple(TABLE)
 

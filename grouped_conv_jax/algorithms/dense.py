@@ -1,0 +1,209 @@
+"""One dense convolution for each group: XLA:CPU is good at those, and not at grouped ones.
+
+Arrays are put in the one layout that its fast convolutions take, (batch, *spatial, features) and
+(*spatial, inputs, outputs): XLA does so by itself too, but not within a loop, where any other
+layout is convolved a hundred times slower. A few groups are written out; more are a loop, so that
+code and compilation do not grow with them.
+
+The kernel's gradient is a convolution whose features are the batch. Wide groups have a kernel of
+columns only instead, one row of taps after the other, and the batch and the rows as features: the
+more features, the faster.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from grouped_conv_jax import costs
+from grouped_conv_jax.algorithms.xla import plainly_padded
+from grouped_conv_jax.spec import Contraction, ConvSpec
+
+UNROLLED = 8
+"""Groups in one step of the loop: enough to keep two cores busy at its ends."""
+
+WIDE = 32
+"""Features of a group, from which on folding rows into features saves more than its copies take."""
+
+
+def supports(contraction: Contraction, spec: ConvSpec, platform: str) -> str | None:
+    return "it needs to know all sizes" if spec.is_symbolic else None
+
+
+def seconds(contraction: Contraction, spec: ConvSpec) -> float:
+    """The dense convolutions, and the copies of the groups out of and into the arrays."""
+    rate = costs.dense_rate(contraction, spec)
+    if math.prod(spec.spatial_shape("rhs")) == 1:
+        rate *= 0.6  # What is packed for a convolution is used for one tap only.
+    if spec.accumulator.itemsize > 4:  # XLA:CPU has a slow path for these and large kernels.
+        rate *= 0.03 if contraction == "wgrad" else 0.5
+    copied = 2 * costs.all_bytes(contraction, spec) if spec.feature_group_count > 1 else 0
+    work = copied / costs.BYTES_PER_SECOND + costs.flops(spec) / rate
+    return costs.CALL * spec.feature_group_count + work
+
+
+def fprop(lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
+    x, w = spec.to_channels_last("lhs", lhs), spec.to_channels_last("rhs", rhs)
+
+    def convolve(x: jax.Array, w: jax.Array) -> jax.Array:
+        return _convolve(
+            x,
+            w,
+            strides=spec.window_strides,
+            padding=spec.padding,
+            gaps=spec.lhs_dilation,
+            dilation=spec.rhs_dilation,
+            spec=spec,
+        )
+
+    out = _each_group(convolve, x, w, (-1, -1), spec)
+    return spec.from_channels_last("out", out.astype(spec.out_dtype))
+
+
+def dgrad(out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
+    y, w = spec.to_channels_last("out", out), spec.to_channels_last("rhs", rhs)
+    (inputs, outputs), groups = spec.group_width, spec.feature_group_count
+    w = jnp.swapaxes(w.reshape(*w.shape[:-1], groups, outputs), -1, -3)
+    w = lax.rev(w, range(w.ndim - 3)).reshape(*w.shape[:-2], groups * inputs)
+
+    def convolve(y: jax.Array, w: jax.Array) -> jax.Array:
+        return _convolve(
+            y,
+            w,
+            strides=spec.lhs_dilation,
+            padding=spec.dgrad_padding,
+            gaps=spec.window_strides,
+            dilation=spec.rhs_dilation,
+            spec=spec,
+        )
+
+    lhs = _each_group(convolve, y, w, (-1, -1), spec)
+    return spec.from_channels_last("lhs", lhs.astype(spec.dtype))
+
+
+def wgrad(lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
+    x, y = spec.to_channels_last("lhs", lhs), spec.to_channels_last("out", out)
+    rank = len(spec.window_strides)
+    if rank > 1 and min(spec.group_width) >= WIDE and set(spec.lhs_dilation) == {1}:
+        x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *_row_padding(spec), *[(0, 0, 0)] * 2])
+        x = jnp.moveaxis(x, (-1, -2), (0, 1))  # (G C, columns, N, *rows)
+        y = jnp.moveaxis(y, -2, 0)  # (columns, N, *rows, G O)
+
+        def convolve(x: jax.Array, y: jax.Array) -> jax.Array:
+            return _row_by_row(x, y, spec)
+    else:
+        x = jnp.moveaxis(x, (-1, 0), (0, -1))  # (G C, *spatial, N)
+        y = jnp.moveaxis(y, 0, -2)  # (*spatial, N, G O)
+
+        def convolve(x: jax.Array, y: jax.Array) -> jax.Array:
+            return _convolve(
+                x,
+                y,
+                strides=spec.rhs_dilation,
+                padding=spec.wgrad_padding,
+                gaps=spec.lhs_dilation,
+                dilation=spec.window_strides,
+                spec=spec,
+            )
+
+    rhs = jnp.moveaxis(_each_group(convolve, x, y, (0, -1), spec), 0, -2)
+    return spec.from_channels_last("rhs", rhs.astype(spec.dtype))
+
+
+def _each_group(
+    convolve: Callable,
+    first: jax.Array,
+    second: jax.Array,
+    dimensions: tuple[int, int],
+    spec: ConvSpec,
+) -> jax.Array:
+    """The groups of two operands, which are in the dimensions, convolved; those of the result are
+    in the last one.
+    """
+    groups = spec.feature_group_count
+    steps = next(n for n in range(-(-groups // UNROLLED), groups + 1) if groups % n == 0)
+
+    def step(i: jax.Array | int) -> jax.Array:
+        operands = zip((first, second), dimensions, strict=True)
+        cut = [_part(x, d, i, steps) for x, d in operands] if steps > 1 else [first, second]
+        few = groups // steps
+        parts = [
+            convolve(*(_part(x, d, j, few) for x, d in zip(cut, dimensions, strict=True)))
+            for j in range(few)
+        ]
+        return jnp.concatenate(parts, -1)
+
+    if steps == 1:
+        return step(0)
+    stacked = jnp.moveaxis(lax.map(step, jnp.arange(steps)), 0, -2)
+    return stacked.reshape(*stacked.shape[:-2], -1)
+
+
+def _part(x: jax.Array, dimension: int, i: jax.Array | int, parts: int) -> jax.Array:
+    if parts == 1:
+        return x
+    size = x.shape[dimension] // parts
+    return lax.dynamic_slice_in_dim(x, i * size, size, dimension)
+
+
+def _row_by_row(x: jax.Array, y: jax.Array, spec: ConvSpec) -> jax.Array:
+    """(C, columns, N, *rows) and (columns, N, *rows, O) to (C, *K, O), a row of taps at a time."""
+    *rows, _ = spec.spatial_shape("rhs")
+    *strides, _ = spec.window_strides
+    *dilations, _ = spec.rhs_dilation
+    reach = [(n - 1) * s + 1 for n, s in zip(y.shape[2:-1], strides, strict=True)]
+    y = y.reshape(y.shape[0], -1, y.shape[-1])
+
+    def one(number: jax.Array) -> jax.Array:
+        taps = jnp.unravel_index(number, rows)
+        starts = [tap * d for tap, d in zip(taps, dilations, strict=True)]
+        seen = lax.dynamic_slice(x, [0, 0, 0, *starts], [*x.shape[:3], *reach])
+        seen = seen[(..., *(slice(None, None, s) for s in strides))]
+        return _convolve(
+            seen.reshape(*x.shape[:2], -1),
+            y,
+            strides=spec.rhs_dilation[-1:],
+            padding=spec.wgrad_padding[-1:],
+            gaps=(1,),
+            dilation=spec.window_strides[-1:],
+            spec=spec,
+        )
+
+    # In a loop: the copy of what a row of taps sees is there for one of them at a time.
+    found = jnp.moveaxis(lax.map(one, lax.iota(np.int32, math.prod(rows))), 0, 1)
+    return found.reshape(found.shape[0], *rows, *found.shape[2:])
+
+
+def _row_padding(spec: ConvSpec) -> list[tuple[int, int, int]]:
+    return [(low, high, 0) for low, high in spec.wgrad_padding[:-1]]
+
+
+def _convolve(
+    x: jax.Array,
+    w: jax.Array,
+    *,
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    gaps: Sequence[int],
+    dilation: Sequence[int],
+    spec: ConvSpec,
+) -> jax.Array:
+    dtype = x.dtype if x.dtype == w.dtype else spec.out_dtype
+    rank = len(strides)
+    x, padding, gaps = plainly_padded(x, padding, gaps, range(1, rank + 1))
+    layout = (0, rank + 1, *range(1, rank + 1))
+    kernel = (rank + 1, rank, *range(rank))
+    return lax.conv_general_dilated(
+        x.astype(dtype),
+        w.astype(dtype),
+        strides,
+        padding,
+        gaps,
+        dilation,
+        lax.ConvDimensionNumbers(layout, kernel, layout),
+        precision=spec.precision,
+        preferred_element_type=spec.out_dtype,
+    )
