@@ -10,20 +10,27 @@ from typing import TYPE_CHECKING, Any
 from grouped_conv_jax.algorithms import implementations
 from grouped_conv_jax.conv import grouped_conv
 from grouped_conv_jax.counting import count_multiply_adds
+from grouped_conv_jax.explanation import Explanation, explain
+from grouped_conv_jax.measuring import tune
+from grouped_conv_jax.tuning import Tuning
 from grouped_conv_jax.version import __version__
 
 if TYPE_CHECKING:
     from grouped_conv_jax import linen, models, nnx, towers
 
 __all__ = [
+    "Explanation",
+    "Tuning",
     "__version__",
     "count_multiply_adds",
+    "explain",
     "grouped_conv",
     "implementations",
     "linen",
     "models",
     "nnx",
     "towers",
+    "tune",
 ]
 
 

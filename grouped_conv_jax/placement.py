@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from grouped_conv_jax.collectives import collectives
 from grouped_conv_jax.spec import Contraction
+from grouped_conv_jax.table import aligned
 
 Direction = Literal["forward", "backward"]
 
@@ -147,7 +148,7 @@ class PlacementReport:
             )
         if not self.compared:
             table = [line[:3] + line[5:] for line in table]
-        return _aligned(table, numbers=("bytes",))
+        return aligned(table, numbers=("bytes",))
 
     def _memory(self) -> list[str]:
         if not self.memory:
@@ -155,7 +156,7 @@ class PlacementReport:
         table = [["held by", "each device", "one device alone"]]
         for m in self.memory:
             table.append([m.name, f"{m.nbytes:,}", "" if m.alone is None else f"{m.alone:,}"])
-        return _aligned(table, numbers=("each device", "one device alone"))
+        return aligned(table, numbers=("each device", "one device alone"))
 
 
 def placement_report(
@@ -322,16 +323,3 @@ def _totals(rows: Sequence[Row]) -> list[Row]:
             Row("total", "", axes, (), computed, (), sum(row.compiled_nbytes for row in of_axes))
         )
     return totals
-
-
-def _aligned(table: Sequence[Sequence[str]], numbers: Sequence[str]) -> list[str]:
-    """Lines of columns, those with one of the headings `numbers` to the right."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    right = [heading in numbers for heading in table[0]]
-    return [
-        "  ".join(
-            cell.rjust(width) if r else cell.ljust(width)
-            for cell, width, r in zip(line, widths, right, strict=True)
-        ).rstrip()
-        for line in table
-    ]

@@ -2,5 +2,8 @@
 
 from grouped_conv_jax.models.alexnet import AlexNet, AlexNetConfig
 from grouped_conv_jax.models.alexnet_exchanges import alexnet_exchanges
+from grouped_conv_jax.models.convnext import ConvNeXt
+from grouped_conv_jax.models.mobilenet import MobileNet
+from grouped_conv_jax.models.resnext import ResNeXt
 
-__all__ = ["AlexNet", "AlexNetConfig", "alexnet_exchanges"]
+__all__ = ["AlexNet", "AlexNetConfig", "ConvNeXt", "MobileNet", "ResNeXt", "alexnet_exchanges"]

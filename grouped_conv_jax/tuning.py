@@ -1,0 +1,233 @@
+"""What was measured, as a context in which the fastest implementations are chosen: `Tuning`.
+
+The context is one of JAX's own, so that compiled functions notice it. What is bound in it carries
+the ranking (`Choices`) along, through transformations, to where the choice is made.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import math
+import os
+import threading
+import warnings
+from collections.abc import Mapping
+
+import jax
+
+from grouped_conv_jax import tuning_file
+from grouped_conv_jax.algorithms import TABLE, unsupported
+from grouped_conv_jax.devices import DeviceKind
+from grouped_conv_jax.measurement import Measurement, Subject, spec_key
+from grouped_conv_jax.spec import Contraction, ConvSpec
+from grouped_conv_jax.table import aligned
+
+
+def runs_unasked(name: str, contraction: Contraction, spec: ConvSpec) -> bool:
+    """Whether an implementation may be chosen, however fast it is: if it says what it is expected
+    to take, and that is not infinite.
+    """
+    module = TABLE[name]
+    return hasattr(module, "seconds") and math.isfinite(module.seconds(contraction, spec))
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Choices:
+    """Which implementations are the fastest: what the compiled program depends on.
+
+    Those that took part in a measurement, in order, for each subject.
+    """
+
+    ranking: tuple[tuple[Subject, tuple[str, ...]], ...]
+
+    def fastest(
+        self, contraction: Contraction, spec: ConvSpec, device: DeviceKind | None
+    ) -> str | None:
+        """The first that may be chosen; None if this was not measured on such a device."""
+        if device is None:
+            return None
+        for name in self._names.get(Subject(device, contraction, spec_key(spec)), ()):
+            if name not in TABLE or unsupported(name, contraction, spec, device.platform):
+                continue
+            if runs_unasked(name, contraction, spec):
+                return name
+        return None
+
+    @functools.cached_property
+    def _names(self) -> dict[Subject, tuple[str, ...]]:
+        return dict(self.ranking)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """The same in every process, for the keys of compilation caches."""
+        return _digest(self.ranking)
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        return f"Choices({self.digest})"
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Tuning:
+    """Measured times of implementations; as a string, a table.
+
+    In `with tuning:` each contraction that was measured, on the kind of device and with the shapes
+    that one device gets, is computed by the fastest implementation (of those that run unasked:
+    "packed" does not). What was not measured, or asks for an `implementation`, is not affected.
+    Functions that were compiled outside are compiled again, and of several contexts the innermost
+    counts alone; `with outer | inner:` is both.
+
+    Get one from `grouped_conv_jax.tune`, or from a file with `load`. `a | b` has the measurements
+    of both, and where they are of the same, b's.
+
+    Where a program runs in several processes, all must use the same tuning: tune in one, `save`,
+    and `load` it in all.
+
+    Attributes:
+      measurements: in a fixed order, one for each contraction, spec and kind of device.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from grouped_conv_jax import Tuning, grouped_conv, tune
+      >>> def conv(x, w):
+      ...     return grouped_conv(x, w, (1, 1), "SAME", feature_group_count=2)
+      >>> x, w = jnp.ones((2, 4, 8, 8)), jnp.ones((6, 2, 3, 3))
+      >>> tuning = tune(conv, x, w, repeats=1)
+      >>> with tuning:
+      ...     y = conv(x, w)
+      >>> tuning.save("tuning.json")  # doctest: +SKIP
+      >>> tuning = Tuning.load("tuning.json")  # doctest: +SKIP
+    """
+
+    measurements: tuple[Measurement, ...] = ()
+
+    def __post_init__(self) -> None:
+        by_subject: dict[Subject, Measurement] = {}
+        for new in self.measurements:
+            old = by_subject.get(new.subject)
+            by_subject[new.subject] = new if old is None else old.updated(new)
+        ordered = tuple(by_subject[subject] for subject in sorted(by_subject))
+        object.__setattr__(self, "measurements", ordered)
+
+    def __hash__(self) -> int:
+        return hash(self._digest)
+
+    @functools.cached_property
+    def _digest(self) -> str:
+        # Kept, as every call of a compiled function in the context looks at it.
+        return _digest(self.measurements)
+
+    def __or__(self, other: "Tuning") -> "Tuning":
+        if not isinstance(other, Tuning):
+            return NotImplemented
+        return Tuning((*self.measurements, *other.measurements))
+
+    def seconds(
+        self, contraction: Contraction, spec: ConvSpec, device: DeviceKind
+    ) -> dict[str, float | None]:
+        """What was measured of each implementation: None if it failed, nothing if it was not."""
+        return dict(self._seconds.get(Subject(device, contraction, spec_key(spec)), ()))
+
+    @functools.cached_property
+    def _seconds(self) -> dict[Subject, tuple[tuple[str, float | None], ...]]:
+        return {m.subject: m.seconds for m in self.measurements}
+
+    @functools.cached_property
+    def choices(self) -> Choices | None:
+        """The ranking; None if nothing was measured."""
+        ranking = tuple(
+            (m.subject, tuple(name for name, time in m.seconds if time is not None))
+            for m in self.measurements
+        )
+        return Choices(ranking) if ranking else None
+
+    # As a context.
+
+    def __enter__(self) -> "Tuning":
+        context = _active(self)
+        context.__enter__()
+        _entered.contexts.append(context)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        _entered.contexts.pop().__exit__(*exception)
+
+    # In files.
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the measurements into a JSON file, to those that it has already.
+
+        Several processes may do so at once. Beside the file there will be another one, PATH.lock.
+
+        Raises:
+          ValueError: there is a file that is something else; it is left alone.
+        """
+        tuning_file.save(path, self.measurements)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Tuning":
+        """Those measurements of a file that are valid here.
+
+        They were made with the same versions of jax, jaxlib and this library, and are used on the
+        kind of device that they were made on. If some are not valid, or none is for the device at
+        hand, one warning says why; a file that cannot be read at all is as good as empty. Looks at
+        `jax.devices()`, so initialise `jax.distributed` before.
+
+        Raises:
+          FileNotFoundError: there is no file.
+        """
+        measurements, reasons = tuning_file.load(path)
+        here = DeviceKind.of(jax.local_devices()[0])
+        if measurements and all(m.subject.device != here for m in measurements):
+            others = ", ".join(sorted({str(m.subject.device) for m in measurements}))
+            reasons = [*reasons, f"measured on {others}, and this is {here}"]
+        if reasons:
+            warnings.warn(f"{path}: measurements not used: {'; '.join(reasons)}", stacklevel=2)
+        return cls(tuple(measurements))
+
+    # As text.
+
+    def __repr__(self) -> str:
+        return f"<Tuning of {len(self.measurements)} contractions>"
+
+    def __str__(self) -> str:
+        if not self.measurements:
+            return "No measurements."
+        names = [n for n in TABLE if any(n in dict(m.seconds) for m in self.measurements)]
+        table = [["device", "contraction", *(f"{name} ms" for name in names), "spec"]]
+        for m in self.measurements:
+            times = [_milliseconds(dict(m.seconds), name) for name in names]
+            table.append([str(m.subject.device), m.subject.contraction, *times, m.subject.spec])
+        return "\n".join(aligned(table, numbers=table[0][2:-1]))
+
+
+def _milliseconds(seconds: Mapping[str, float | None], name: str) -> str:
+    """A time, or "failed", or nothing if it was not measured."""
+    if name not in seconds:
+        return ""
+    time = seconds[name]
+    return "failed" if time is None else f"{1e3 * time:.3f}"
+
+
+def _digest(value: tuple) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+
+def active() -> Tuning | None:
+    """The tuning whose context this is."""
+    return _active.value
+
+
+_active = jax.make_user_context(None)
+
+
+class _Entered(threading.local):
+    """The contexts that a thread is in, as a `Tuning` may be entered twice and never changes."""
+
+    def __init__(self) -> None:
+        self.contexts: list = []
+
+
+_entered = _Entered()

@@ -1,0 +1,46 @@
+"""What each device gets to compute, as it turns out while a function is compiled: `Watch`."""
+
+import uuid
+from collections import Counter
+from typing import NamedTuple
+
+import jax
+
+from grouped_conv_jax.devices import DeviceKind
+from grouped_conv_jax.spec import Contraction, ConvSpec
+from grouped_conv_jax.tuning import Choices
+
+
+class Equation(NamedTuple):
+    """The parameters of the primitive that say what is computed, and how."""
+
+    contraction: Contraction
+    spec: ConvSpec
+    implementation: str | None
+    choices: Choices | None
+
+
+class Watch:
+    """Takes notes of what is lowered and partitioned in its context, `watching(watch)`.
+
+    Compared by identity, as contexts are in the keys of JAX's caches: what is watched is lowered
+    and compiled anew.
+
+    Attributes:
+      seen: how often an equation has become a convolution of this spec on this kind of device.
+    """
+
+    def __init__(self) -> None:
+        self.seen: Counter[tuple[Equation, ConvSpec, DeviceKind | None]] = Counter()
+        self._id = uuid.uuid4()
+
+    def __repr__(self) -> str:
+        # In the key of the persistent cache, which would answer without asking for a partition.
+        return f"Watch({self._id})"
+
+    def note(self, equation: Equation, device: DeviceKind | None, local_spec: ConvSpec) -> None:
+        self.seen[equation, local_spec, device] += 1
+
+
+watching = jax.make_user_context(None)
+"""The `Watch` that a lowering reports to, or None. (What it starts may run in another thread.)"""
