@@ -1,0 +1,116 @@
+"""What is measured: one mode of one workload, ready to be called, by this library and by lax."""
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from benchmarks.workloads import USED, Mode, Workload
+from grouped_conv_jax import grouped_conv
+from grouped_conv_jax.spec import Role
+
+SCOPE = re.compile(r"grouped_conv\.(fprop|dgrad|wgrad)\.(\w+)")
+"""How the library's contractions are named in a compiled program, with what computes them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """A program with its operands.
+
+    Attributes:
+      call: computes everything once, and returns when it is there.
+      results: what `call` has returned, as arrays in NHWC and HWIO, in the order of `MADE`.
+      compile_seconds: tracing and compilation; None where there is none.
+      temporary_bytes: what it needs at one time beside operands and results, as far as the
+        compiler knows; None where there is none.
+      implementations: which of the library's computes each contraction.
+    """
+
+    call: Callable[[], Any]
+    results: Callable[[Any], list[np.ndarray]]
+    compile_seconds: float | None = None
+    temporary_bytes: int | None = None
+    implementations: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def by_jax(
+    conv: Callable[..., jax.Array],
+    workload: Workload,
+    mode: Mode,
+    operands: Mapping[Role, np.ndarray],
+    dtype: str,
+) -> Contender:
+    """A contender that calls `conv`, which has the arguments of `lax.conv_general_dilated`.
+
+    Raises:
+      NotImplementedError: it does not do this.
+    """
+    arrays = [jnp.asarray(operands[role].astype(jnp.dtype(dtype))) for role in USED[mode]]
+    began = time.perf_counter()
+    program = jax.jit(function(conv, workload, mode)).lower(*arrays).compile()
+    compile_seconds = time.perf_counter() - began
+    memory = program.memory_analysis()
+    return Contender(
+        call=lambda: jax.block_until_ready(program(*arrays)),
+        results=lambda out: [np.asarray(x).astype(np.float64) for x in out],
+        compile_seconds=compile_seconds,
+        temporary_bytes=memory.temp_size_in_bytes if memory else None,
+        implementations=_implementations(program.as_text() or ""),
+    )
+
+
+def ours(implementation: str | None) -> Callable[..., jax.Array]:
+    """The library's convolution, by one of its implementations or the one that it chooses."""
+    return lambda lhs, rhs, **arguments: grouped_conv(
+        lhs, rhs, **arguments, implementation=implementation
+    )
+
+
+LAX: Callable[..., jax.Array] = lax.conv_general_dilated
+
+
+def function(
+    conv: Callable[..., jax.Array], workload: Workload, mode: Mode
+) -> Callable[..., tuple[jax.Array, ...]]:
+    """From the arrays that the mode uses to those that it makes, and nothing else computed."""
+
+    def convolve(lhs, rhs):
+        return conv(lhs, rhs, **workload.arguments)
+
+    def like(role: Role, array: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(workload.shape(role), array.dtype)
+
+    def fprop(lhs, rhs):
+        return (convolve(lhs, rhs),)
+
+    def dgrad(out, rhs):
+        return jax.linear_transpose(lambda lhs: convolve(lhs, rhs), like("lhs", out))(out)
+
+    def wgrad(lhs, out):
+        return jax.linear_transpose(lambda rhs: convolve(lhs, rhs), like("rhs", out))(out)
+
+    def training(lhs, rhs, out):
+        result, transposed = jax.vjp(convolve, lhs, rhs)
+        return result, *transposed(out)
+
+    functions: dict[Mode, Callable[..., tuple[jax.Array, ...]]] = {
+        "fprop": fprop,
+        "dgrad": dgrad,
+        "wgrad": wgrad,
+        "training": training,
+    }
+    return functions[mode]
+
+
+def _implementations(program: str) -> dict[str, str]:
+    """As the names in a compiled program tell, which is what runs and not what should."""
+    found: dict[str, set[str]] = {"fprop": set(), "dgrad": set(), "wgrad": set()}
+    for contraction, name in SCOPE.findall(program):
+        found[contraction].add(name)
+    return {contraction: "+".join(sorted(names)) for contraction, names in found.items() if names}
