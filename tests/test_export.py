@@ -138,4 +138,5 @@ def test_there_is_a_lowering_for_each_platform(platform, implementation):
     (case,) = named("NHWC")
     compute = value_and_gradients(case.conv(implementation))
     program = export.export(compute, platforms=(platform,))(*case.random())
-    assert program.mlir_module().count("stablehlo.convolution") == 3
+    if implementation == "xla" or (implementation is None and platform != "cpu"):
+        assert program.mlir_module().count("stablehlo.convolution") == 3

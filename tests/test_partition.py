@@ -145,8 +145,13 @@ def assert_local(case: Case, split: str, implementation) -> None:
         work = flops(program)
         whole = whole_flops(case, contraction, implementation)
         parts = devices(batch) * devices(features)
-        # XLA counts the additions of the all-reduce.
-        assert whole / parts <= work <= whole / parts + more, contraction
+        if implementation in ("xla", "vmap"):
+            # XLA counts the additions of the all-reduce.
+            assert whole / parts <= work <= whole / parts + more, contraction
+        elif implementation in ("taps", "patches"):
+            # What is looked up depends on the sizes. (The others have loops, which XLA counts
+            # once, or pack as many groups as there are.)
+            assert work <= 1.5 * whole / parts + more, contraction
     assert_right(case, mesh, specs, implementation)
 
 

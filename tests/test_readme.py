@@ -12,8 +12,9 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_code_runs_in_order():
-    assert len(BLOCKS) == 5
+def test_the_code_runs_in_order(tmp_path, monkeypatch):
+    assert len(BLOCKS) == 7
+    monkeypatch.chdir(tmp_path)
     names: dict = {}
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), names)

@@ -1,0 +1,177 @@
+"""The automatic choice: what it is, what it needs of memory and code, what it keeps apart."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxprs import convolutions
+
+from benchmarks.contenders import function
+from benchmarks.workloads import MADE, MODES, USED, WORKLOADS, Mode, Workload
+from grouped_conv_jax import grouped_conv, implementations, selection
+from grouped_conv_jax.spec import Contraction, ConvSpec
+
+CONTRACTIONS: tuple[Contraction, ...] = ("fprop", "dgrad", "wgrad")
+every_workload = pytest.mark.parametrize("name", WORKLOADS)
+every_contraction = pytest.mark.parametrize("contraction", CONTRACTIONS)
+
+
+def arrays(workload: Workload, mode: Mode, dtype="float32") -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct(workload.shape(role), dtype) for role in USED[mode]]
+
+
+def lowered(workload: Workload, mode: Mode, implementation=None, dtype="float32"):
+    def conv(lhs, rhs, **arguments):
+        return grouped_conv(lhs, rhs, **arguments, implementation=implementation)
+
+    compute = jax.jit(function(conv, workload, mode))
+    return compute.lower(*arrays(workload, mode, dtype))
+
+
+def spec_of(workload: Workload, dtype="float32") -> ConvSpec:
+    x, w = arrays(workload, "fprop", dtype)
+    (equation,) = convolutions(lambda x, w: grouped_conv(x, w, **workload.arguments), x, w)
+    return equation.params["spec"]
+
+
+CHOICES = {
+    "alexnet_conv2": ("dense", "dense", "dense"),
+    "alexnet_conv4": ("dense", "dense", "dense"),
+    "alexnet_conv5": ("dense", "dense", "dense"),
+    "resnext_s1": ("taps", "taps", "dense"),
+    "resnext_s2_stride2": ("taps", "taps", "dense"),
+    "resnext_s3": ("dense", "dense", "dense"),
+    "resnext101_32x8d_s1": ("taps", "taps", "dense"),
+    "regnetx_w24": ("dense", "dense", "dense"),
+    "shufflenet_1x1": ("patches", "patches", "patches"),
+    "mobilenet_dw": ("taps", "taps", "taps"),
+    "mobilenet_dw_stride2": ("taps", "taps", "taps"),
+    "convnext_dw7": ("taps", "taps", "taps"),
+}
+"""As the docstring of `choose` says: depthwise, narrow, one tap, other groups."""
+
+
+@every_workload
+def test_the_choice_on_a_cpu_is_what_the_docstring_says(name):
+    spec = spec_of(WORKLOADS[name])
+    chosen = tuple(selection.choose(contraction, spec, "cpu") for contraction in CONTRACTIONS)
+    assert chosen == CHOICES[name]
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm", "tpu", "another platform"])
+def test_where_nothing_has_been_measured_the_choice_is_lax(platform):
+    for workload in WORKLOADS.values():
+        for contraction in CONTRACTIONS:
+            assert selection.choose(contraction, spec_of(workload), platform) == "xla"
+            seconds = selection.expected_seconds("xla", contraction, spec_of(workload), platform)
+            assert seconds == math.inf
+
+
+@every_contraction
+@every_workload
+def test_what_is_chosen_needs_no_more_than_twice_its_arrays(name, contraction):
+    workload = WORKLOADS[name]
+    memory = lowered(workload, contraction).compile().memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes <= 2 * 4 * workload.elements(contraction)
+
+
+def test_the_code_does_not_grow_with_many_groups():
+    """Narrow, middling and wide ones."""
+    for width in (2, 16, 48):
+        for contraction in CONTRACTIONS:
+            lines = []
+            for groups in (64, 256):
+                features = width * groups
+                workload = Workload.of("many groups", (2, 8, 8, features, features, 3, 1, groups))
+                lines.append(lowered(workload, contraction).as_text().count("\n"))
+            assert lines[1] <= lines[0] + 5, (width, contraction)
+
+
+def test_the_code_does_not_grow_without_bound_with_the_kernel():
+    for width, groups in ((1, 8), (4, 4)):
+        for contraction in CONTRACTIONS:
+            lines = []
+            for taps in (9, 15):
+                shape = (2, 16, 16, width * groups, width * groups, taps, 1, groups)
+                lines.append(lowered(Workload.of("taps", shape), contraction).as_text().count("\n"))
+            # As the number of taps, at most; from some number on another implementation is chosen.
+            assert lines[1] < 2.8 * lines[0], (width, contraction)
+
+
+SMALL = {
+    "depthwise": Workload.of("depthwise", (2, 9, 8, 6, 6, 3, 2, 6)),
+    "narrow": Workload.of("narrow", (2, 9, 8, 12, 12, 3, 1, 3)),
+    "wide": Workload.of("wide", (2, 9, 8, 64, 64, 3, 2, 2)),
+    "one tap": Workload.of("one tap", (2, 9, 8, 32, 32, 1, 1, 2)),
+}
+
+
+@pytest.mark.parametrize("implementation", [None, *sorted({*implementations()} - {"packed"})])
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+@pytest.mark.parametrize("name", SMALL)
+def test_what_is_not_finite_in_a_group_stays_in_it(name, value, implementation):
+    """Zeros that keep groups apart by multiplication would not do ("packed" has those)."""
+    workload = SMALL[name]
+    x, w = (jnp.asarray(workload.random()[role], jnp.float32) for role in ("lhs", "rhs"))
+    x = x.at[..., 0].set(value)
+
+    def conv(x, w):
+        return grouped_conv(x, w, **workload.arguments, implementation=implementation)
+
+    out, transposed = jax.vjp(conv, x, w)
+    dx, dw = transposed(jnp.ones_like(out))
+    groups = workload.feature_group_count
+    assert not np.isfinite(out[..., : out.shape[-1] // groups]).all()
+    assert np.isfinite(out[..., out.shape[-1] // groups :]).all()
+    assert np.isfinite(dx).all()
+    assert np.isfinite(dw[..., dw.shape[-1] // groups :]).all()
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+@pytest.mark.parametrize("name", SMALL)
+def test_the_choice_is_right_in_other_dtypes_too(name, dtype):
+    workload = SMALL[name]
+    with jax.enable_x64(dtype == "float64"):
+        given = {role: jnp.asarray(a, dtype) for role, a in workload.random().items()}
+        for mode in MODES:
+            results = [
+                jax.jit(function(conv, workload, mode))(*(given[role] for role in USED[mode]))
+                for conv in (grouped_conv, jax.lax.conv_general_dilated)
+            ]
+            for role, ours, theirs in zip(MADE[mode], *results, strict=True):
+                assert ours.dtype == theirs.dtype == dtype, role
+                tolerance = 1e-12 if dtype == "float64" else 0.06
+                ours, theirs = (np.asarray(a).astype(np.float64) for a in (ours, theirs))
+                np.testing.assert_allclose(
+                    ours, theirs, tolerance, tolerance * np.abs(theirs).max()
+                )
+
+
+def test_the_expected_times_order_the_choice():
+    spec = spec_of(WORKLOADS["regnetx_w24"])
+    for contraction in CONTRACTIONS:
+        chosen = selection.choose(contraction, spec, "cpu")
+        expected = {
+            n: selection.expected_seconds(n, contraction, spec, "cpu") for n in implementations()
+        }
+        assert min(expected, key=expected.__getitem__) == chosen
+        assert expected["packed"] == math.inf
+
+
+def test_a_batch_of_one_example_has_rows_to_add_up():
+    """The depthwise kernel gradient adds up examples, or rows if there are not enough of them."""
+    for batch in (1, 3, 9, 17):
+        workload = dataclasses.replace(SMALL["depthwise"], lhs=(batch, 9, 8, 6))
+        given = [jnp.asarray(workload.random()[role], jnp.float32) for role in USED["wgrad"]]
+        ours, theirs = (
+            jax.jit(function(conv, workload, "wgrad"))(*given)[0]
+            for conv in (
+                lambda x, w, **a: grouped_conv(x, w, **a, implementation="taps"),
+                jax.lax.conv_general_dilated,
+            )
+        )
+        np.testing.assert_allclose(ours, theirs, 1e-4, 1e-4)
