@@ -15,6 +15,8 @@ from grouped_conv_jax import count_multiply_adds
 from grouped_conv_jax.models import AlexNet, AlexNetConfig
 from grouped_conv_jax.models.alexnet import local_response_normalization
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY = dataclasses.replace(
     AlexNetConfig.small(num_classes=7),
     convolutions=tuple(

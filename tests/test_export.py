@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import Case, every_implementation, named
+from cases import Case, any_implementation, named
 from jax import export
 from test_values import assert_matches_the_oracle, value_and_gradients
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 NAMES = ["NCHW", "depthwise, multiplier 2", "both dilated, strided, cropped, three groups"]
 
 
-@every_implementation
+@any_implementation
 @pytest.mark.parametrize("name", [*NAMES, "two batch groups"])
 def test_an_exported_program_computes_the_same(name, implementation):
     (case,) = named(name)
@@ -23,7 +23,7 @@ def test_an_exported_program_computes_the_same(name, implementation):
     assert_matches_the_oracle(program.call(*operands), case, operands)
 
 
-@every_implementation
+@any_implementation
 def test_a_serialized_program_can_be_differentiated_twice(implementation):
     pytest.importorskip("flatbuffers")
     (case,) = named("NCHW")
@@ -42,7 +42,7 @@ def test_a_serialized_program_can_be_differentiated_twice(implementation):
     oracle.assert_close(second(loaded.call), np.asarray(second(case.lax_conv())), length)
 
 
-@every_implementation
+@any_implementation
 def test_a_serialized_gradient_computes_the_same(implementation):
     pytest.importorskip("flatbuffers")
     (case,) = named("depthwise, multiplier 2")
@@ -60,7 +60,7 @@ def with_batch(case: Case, size) -> list[tuple]:
     return [tuple(lhs), tuple(rhs), tuple(out)]
 
 
-@every_implementation
+@any_implementation
 @pytest.mark.parametrize("name", NAMES)
 def test_the_batch_can_be_symbolic(name, implementation):
     (case,) = named(name)
@@ -76,7 +76,7 @@ def test_the_batch_can_be_symbolic(name, implementation):
         assert_matches_the_oracle(program.call(*operands), sized, operands)
 
 
-@every_implementation
+@any_implementation
 def test_the_rows_can_be_symbolic(implementation):
     (case,) = named("kernel 2x4")
     rows, columns = export.symbolic_shape("h, w")
@@ -91,7 +91,7 @@ def test_the_rows_can_be_symbolic(implementation):
     oracle.assert_close(program.call(x, w), expected, length)
 
 
-@every_implementation
+@any_implementation
 @pytest.mark.parametrize("padding", ["SAME", "SAME_LOWER", "VALID", [(-1, 2), (0, 1)]], ids=str)
 @pytest.mark.parametrize("rhs_dilation", [(1, 1), (2, 1)], ids=str)
 def test_symbolic_rows_with_strides(implementation, padding, rhs_dilation):
@@ -119,7 +119,7 @@ def test_symbolic_rows_with_strides(implementation, padding, rhs_dilation):
     oracle.assert_close(dw, oracle.kernel_gradient(x, ones, w.shape, **arguments), lengths[2])
 
 
-@every_implementation
+@any_implementation
 @pytest.mark.parametrize("batch", ["fixed", "symbolic"])
 def test_a_cpu_exports_for_other_platforms(batch, implementation):
     (case,) = named("NCHW")
@@ -133,7 +133,7 @@ def test_a_cpu_exports_for_other_platforms(batch, implementation):
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
-@every_implementation
+@any_implementation
 def test_there_is_a_lowering_for_each_platform(platform, implementation):
     (case,) = named("NHWC")
     compute = value_and_gradients(case.conv(implementation))

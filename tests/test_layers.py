@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import IMPLEMENTATIONS, random
+from cases import any_implementation, random
 from flax import linen, nnx
 from jaxprs import convolutions
 
 import grouped_conv_jax
 from grouped_conv_jax import grouped_conv
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 # Arguments of a layer with 6 inputs and 12 outputs in 3 groups, and the shape of its input.
 LAYERS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
@@ -42,7 +44,6 @@ LAYERS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 }
 
 each_layer = pytest.mark.parametrize(("arguments", "shape"), LAYERS.values(), ids=LAYERS)
-each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
 def assert_trees_close(actual: Any, expected: Any, computed: Any = None) -> None:
@@ -67,7 +68,7 @@ def outputs_and_gradients(apply, params, x):
     return y, grads
 
 
-@each_implementation
+@any_implementation
 @each_layer
 def test_linen_equals_flax(arguments, shape, implementation):
     x = jnp.asarray(random("x", shape, np.float32))
@@ -84,7 +85,7 @@ def test_linen_equals_flax(arguments, shape, implementation):
     )
 
 
-@each_implementation
+@any_implementation
 @each_layer
 def test_nnx_equals_flax(arguments, shape, implementation):
     x = jnp.asarray(random("x", shape, np.float32))
@@ -120,7 +121,7 @@ def test_flax_takes_the_op_as_its_convolution():
     assert len(convolutions(layer.apply, variables, x)) == 1
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@any_implementation
 def test_the_implementation_is_passed_on(implementation):
     x = jnp.ones((1, 4, 4, 6))
     layer = grouped_conv_jax.nnx.GroupedConv(

@@ -21,6 +21,8 @@ from grouped_conv_jax import count_multiply_adds, grouped_conv
 from grouped_conv_jax.layers import Convolution
 from grouped_conv_jax.models import ConvNeXt, MobileNet, ResNeXt
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 NETS = (ResNeXt, MobileNet, ConvNeXt)
 
 TINY: dict[type, dict[str, Any]] = {
@@ -95,10 +97,19 @@ def value_and_gradients(net: Any, images: np.ndarray) -> Any:
     return logits, gradients, nnx.filter_state(rest, nnx.BatchStat)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("net", "other"),
-    [*((net, lax.conv_general_dilated) for net in NETS), (MobileNet, Convolution("vmap"))],
+    [
+        (MobileNet, lax.conv_general_dilated),
+        *(
+            pytest.param(net, other, marks=pytest.mark.slow)
+            for net, other in [
+                (MobileNet, Convolution("vmap")),
+                (ResNeXt, lax.conv_general_dilated),
+                (ConvNeXt, lax.conv_general_dilated),
+            ]
+        ),
+    ],
 )
 def test_training_is_the_same_by_any_convolution(net, other):
     here = value_and_gradients(tiny(net), images())
@@ -112,7 +123,6 @@ def test_training_is_the_same_by_any_convolution(net, other):
         np.testing.assert_allclose(x, y, atol=1e-4 * size + 1e-6 * largest)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("net", [ResNeXt, MobileNet])
 def test_evaluation_goes_by_the_averages_of_training(net):
     model = tiny(net)
@@ -206,7 +216,6 @@ def to_torch(model: Any, peer: Any) -> None:
     assert not ours
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("net", NETS)
 def test_the_model_in_pytorch_is_the_same(net, torch_models):
     more = {"stochastic_depth_rate": 0.0} if net is ConvNeXt else {}
@@ -224,7 +233,6 @@ def test_the_model_in_pytorch_is_the_same(net, torch_models):
     np.testing.assert_allclose(model(x), peer(nchw).detach(), rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_alexnet_in_pytorch_is_the_same(torch_models):
     config = benchmark_models.alexnet_config(67)
     # One position is left, so that it does not matter how it is made a vector of.
@@ -259,7 +267,7 @@ def small_mobilenet(monkeypatch) -> None:
         monkeypatch.setattr(module, "MobileNet", small)
 
 
-@pytest.mark.usefixtures("quick_compilation", "compilation_cache", "small_mobilenet")
+@pytest.mark.usefixtures("compilation_cache", "small_mobilenet")
 def test_the_benchmark_from_its_options_to_its_file(tmp_path, capsys):
     output = tmp_path / "new" / "results.json"
     sizes = ["--models", "mobilenet", "--pixels", "32", "--batch", "2"]

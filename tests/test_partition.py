@@ -12,7 +12,7 @@ import numpy as np
 import oracle
 import partition_table
 import pytest
-from cases import CASES, NHWC, Case, each_case, every_implementation, named
+from cases import CASES, NHWC, Case, any_implementation, each_case, named
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -168,7 +168,7 @@ def whole_flops(case: Case, contraction: Contraction, implementation) -> float:
     return flops(compiled(case, contraction, make_mesh(data=1), (P(),) * 3, implementation))
 
 
-@every_implementation
+@any_implementation
 @pytest.mark.parametrize("split", ["both", "batch over two axes", "groups over two axes"])
 @each_case(SOME)
 def test_batch_and_groups_are_local(case, split, implementation):
@@ -301,7 +301,7 @@ def test_the_gradient_of_a_kernel_sharded_like_the_batch_is_scattered():
     assert_right(case, mesh, specs)
 
 
-@every_implementation
+@any_implementation
 @pytest.mark.parametrize("batch", [5, 6, 7])
 def test_a_batch_that_the_axis_does_not_divide(batch, implementation):
     case = dense("uneven", (batch, 5, 6, 8), (3, 2, 2, 12), groups=4)
@@ -346,7 +346,7 @@ def test_rows_that_the_axis_does_not_divide(more):
     assert_right(case, MESH, (P(None, "data"), P(), P(None, "data")))
 
 
-@every_implementation
+@any_implementation
 def test_rows_columns_and_groups_sharded_together(implementation):
     mesh = make_mesh(rows=2, columns=2, group=2)
     case = dense("an image in tiles", (2, 8, 6, 8), (3, 3, 2, 12), groups=4)
@@ -491,7 +491,7 @@ def ensemble(conv):
 TRANSFORMED = (grad_of_grad, remat, scan, forward_mode, per_example, ensemble)
 
 
-@every_implementation
+@any_implementation
 @pytest.mark.parametrize("transform", TRANSFORMED, ids=lambda f: f.__name__)
 def test_transformed_on_a_mesh_is_as_on_one_device(transform, implementation):
     case = dense("transformed", (8, 5, 6, 8), (3, 2, 2, 12), groups=4)

@@ -17,6 +17,8 @@ from grouped_conv_jax.models import AlexNet, AlexNetConfig, alexnet_exchanges
 from grouped_conv_jax.placement import Exchange, Memory, placement_report
 from grouped_conv_jax.towers import DATA, GROUP, TowerNet, make_mesh
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 EXAMPLES = 3
 
 
@@ -44,7 +46,16 @@ def report_of_gradients(data, group, towers):
 
 
 @pytest.mark.parametrize(
-    ("data", "group", "towers"), [(1, 1, 2), (1, 2, 2), (2, 2, 2), (4, 1, 2), (2, 4, 4), (2, 2, 4)]
+    ("data", "group", "towers"),
+    [
+        (1, 1, 2),
+        (2, 2, 2),
+        (2, 2, 4),
+        *(
+            pytest.param(*sizes, marks=pytest.mark.slow)
+            for sizes in [(1, 2, 2), (4, 1, 2), (2, 4, 4)]
+        ),
+    ],
 )
 def test_alexnet_moves_what_was_computed_and_nothing_else(data, group, towers):
     report = report_of_gradients(data, group, towers)

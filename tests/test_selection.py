@@ -14,6 +14,8 @@ from benchmarks.workloads import MADE, MODES, USED, WORKLOADS, Mode, Workload
 from grouped_conv_jax import grouped_conv, implementations, selection
 from grouped_conv_jax.spec import Contraction, ConvSpec
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CONTRACTIONS: tuple[Contraction, ...] = ("fprop", "dgrad", "wgrad")
 every_workload = pytest.mark.parametrize("name", WORKLOADS)
 every_contraction = pytest.mark.parametrize("contraction", CONTRACTIONS)

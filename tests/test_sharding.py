@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import NHWC, Case, every_implementation, random
+from cases import NHWC, Case, any_implementation, random
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_values import assert_matches_the_oracle, value_and_gradients
@@ -73,7 +73,7 @@ def assert_second_order(actual) -> None:
         oracle.assert_close(a, np.asarray(e), length)
 
 
-@every_implementation
+@any_implementation
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_gradients_through_shard_map_are_those_of_one_device(implementation, check_vma):
     conv = sharded(local(implementation), (BATCHED, KERNEL), BATCHED, check_vma)
@@ -82,14 +82,14 @@ def test_gradients_through_shard_map_are_those_of_one_device(implementation, che
     assert_second_order(jax.jit(second_order(conv))(*operands[:2]))
 
 
-@every_implementation
+@any_implementation
 def test_gradients_within_shard_map_are_summed_over_the_batch(implementation):
     compute = sharded(value_and_gradients(local(implementation)), SHARDED, (BATCHED, *SHARDED[:2]))
     operands = CASE.random()
     assert_matches_the_oracle(compute(*operands), CASE, operands)
 
 
-@every_implementation
+@any_implementation
 def test_without_checks_the_sum_over_the_batch_is_made_by_hand(implementation):
     def compute(x, w, y):
         out, dx, dw = value_and_gradients(local(implementation))(x, w, y)
@@ -100,7 +100,7 @@ def test_without_checks_the_sum_over_the_batch_is_made_by_hand(implementation):
     assert_matches_the_oracle(actual, CASE, operands)
 
 
-@every_implementation
+@any_implementation
 def test_grad_of_grad_within_shard_map_is_that_of_one_device(implementation):
     conv = local(implementation)
 
@@ -115,7 +115,7 @@ def test_grad_of_grad_within_shard_map_is_that_of_one_device(implementation):
     assert_second_order(actual)
 
 
-@every_implementation
+@any_implementation
 @pytest.mark.parametrize("axes", ["group", "none"])
 def test_what_is_replicated_stays_replicated(axes, implementation):
     # On the axes that no operand varies over, there is nothing to sum.
@@ -126,7 +126,7 @@ def test_what_is_replicated_stays_replicated(axes, implementation):
     assert_matches_the_oracle(compute(*operands), CASE, operands)
 
 
-@every_implementation
+@any_implementation
 def test_a_sharded_kernel_and_a_replicated_input_sum_the_gradient_of_the_input(implementation):
     # Outputs 0-5 and 6-11 of one group, on two devices that both see all the inputs.
     case = Case("dense", CASE.lhs, (3, 2, 8, 12), {**CASE.arguments, "feature_group_count": 1})
@@ -139,7 +139,7 @@ def test_a_sharded_kernel_and_a_replicated_input_sum_the_gradient_of_the_input(i
     assert_matches_the_oracle(compute(*operands), case, operands)
 
 
-@every_implementation
+@any_implementation
 def test_vmap_and_jvp_within_shard_map(implementation):
     conv = local(implementation)
     x, w, _ = CASE.random()
@@ -165,7 +165,7 @@ def test_vmap_and_jvp_within_shard_map(implementation):
     oracle.assert_close(per_example, np.stack(expected), length[0] * length[2])
 
 
-@every_implementation
+@any_implementation
 @pytest.mark.parametrize(
     ("manual", "rest"),
     [
@@ -191,7 +191,7 @@ def test_a_partly_manual_shard_map(implementation, manual, rest):
     assert_matches_the_oracle(actual, CASE, [np.asarray(a) for a in (x, w, y)])
 
 
-@every_implementation
+@any_implementation
 def test_batch_groups_within_shard_map(implementation):
     case = Case("batch groups", (4, 3, 5), (4, 3, 3), {
         "window_strides": (1,), "padding": "SAME", "batch_group_count": 2
@@ -216,7 +216,7 @@ def test_batch_groups_within_shard_map(implementation):
 
 # XLA's partitioner multiplies the kernel gradient by the size of the axes that nothing is sharded
 # over when it is computed with batch groups; lax's own is wrong in that way.
-@every_implementation
+@any_implementation
 @pytest.mark.parametrize(
     "specs",
     [
@@ -238,7 +238,7 @@ def test_operands_on_an_auto_mesh(specs, implementation):
     assert_matches_the_oracle(actual, CASE, operands)
 
 
-@every_implementation
+@any_implementation
 def test_batch_groups_on_an_auto_mesh(implementation):
     arguments = {"window_strides": (1,), "padding": "SAME", "batch_group_count": 2}
     case = Case("batch groups, sharded", (8, 3, 5), (4, 3, 3), arguments)
@@ -253,7 +253,7 @@ def test_batch_groups_on_an_auto_mesh(implementation):
     assert_matches_the_oracle(actual, case, operands)
 
 
-@every_implementation
+@any_implementation
 def test_pmap(implementation):
     x, w, y = operands = CASE.random()
     compute = jax.pmap(value_and_gradients(CASE.conv(implementation)), in_axes=(0, None, 0))
@@ -291,7 +291,7 @@ def outside_jit(conv):
 
 
 @pytest.mark.usefixtures("explicit")
-@every_implementation
+@any_implementation
 @pytest.mark.parametrize("how", ["jit", "outside jit"])
 def test_a_batch_sharded_input_gives_a_batch_sharded_result(how, implementation):
     specs = (P("data"), P(), P("data"))
@@ -303,7 +303,7 @@ def test_a_batch_sharded_input_gives_a_batch_sharded_result(how, implementation)
 
 
 @pytest.mark.usefixtures("explicit")
-@every_implementation
+@any_implementation
 @pytest.mark.parametrize("form", ["PartitionSpec", "NamedSharding"])
 def test_out_sharding_of_a_kernel_sharded_by_groups(form, implementation):
     out = BATCHED if form == "PartitionSpec" else NamedSharding(jax.sharding.get_mesh(), BATCHED)
@@ -314,7 +314,7 @@ def test_out_sharding_of_a_kernel_sharded_by_groups(form, implementation):
 
 
 @pytest.mark.usefixtures("explicit")
-@every_implementation
+@any_implementation
 def test_second_order_on_explicit_axes(implementation):
     x, w, _ = place((P("data"), P(), P("data")))
     actual = jax.jit(second_order(CASE.conv(implementation)))(x, w)
@@ -323,7 +323,7 @@ def test_second_order_on_explicit_axes(implementation):
 
 
 @pytest.mark.usefixtures("explicit")
-@every_implementation
+@any_implementation
 @pytest.mark.parametrize(
     ("lhs", "rhs", "out"),
     [
@@ -412,7 +412,7 @@ def test_sums_that_are_yet_to_be_made_are_refused():
 
 
 @pytest.mark.usefixtures("explicit")
-@every_implementation
+@any_implementation
 def test_gradients_for_each_example_on_explicit_axes(implementation):
     x, w, _ = place((BATCHED, KERNEL, BATCHED))
     conv = CASE.conv(implementation)

@@ -209,6 +209,7 @@ def test_settings_are_saved_and_loaded(tmp_path):
     assert more == {"classes": ["a"]}
 
 
+@pytest.mark.slow
 def test_changed_images_and_damaged_checkpoints_are_not_resumed_from(tmp_path):
     save_classes(tmp_path / "images", {"a": 12, "b": 12})
     config = TrainConfig(

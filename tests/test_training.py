@@ -64,6 +64,10 @@ def losses_of_one_device(towers: int = 2) -> list[float]:
     return train(run, run.init(), dataset, STEPS)[1]
 
 
+each_placement = pytest.mark.parametrize(
+    "placement",
+    [pytest.param(p, marks=pytest.mark.slow if p == "pmap" else ()) for p in PLACEMENTS],
+)
 on_each_mesh = pytest.mark.parametrize(
     ("data", "group", "towers"),
     [
@@ -75,7 +79,7 @@ on_each_mesh = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@each_placement
 @on_each_mesh
 def test_the_losses_are_those_of_one_device(dataset, data, group, towers, placement):
     run = trainer(dataset, data, group, towers=towers, placement=placement)
@@ -118,6 +122,7 @@ def test_accuracy_counts_every_image_once(dataset):
     assert 0 < whole < 1
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_on_other_devices_and_in_another_placement(dataset, tmp_path):
     stages: list[tuple[int, int, Placement]] = [(1, 2, "pmap"), (2, 1, "jit"), (2, 2, "shard_map")]
     losses = []

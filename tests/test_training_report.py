@@ -9,6 +9,8 @@ from alexnet.report import training_report
 from alexnet.training import Normalization, Trainer, paper_optimizer, tower_net
 from grouped_conv_jax.towers import DATA, GROUP, Placement, make_mesh
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 EXAMPLES = 4
 
 

@@ -13,8 +13,8 @@ import pytest
 from cases import (
     CASES,
     Case,
+    any_implementation,
     every_case,
-    every_implementation,
     named,
     representative_cases,
 )
@@ -89,7 +89,7 @@ def assert_equal_derivatives(actual, expected, case: Case) -> None:
 
 
 @representative_cases
-@every_implementation
+@any_implementation
 def test_derivatives_are_those_of_lax(case, implementation):
     actual = derivatives(case.conv(implementation))(*operands(case))
     assert_equal_derivatives(actual, lax_derivatives(case), case)
@@ -97,7 +97,7 @@ def test_derivatives_are_those_of_lax(case, implementation):
 
 @pytest.mark.slow
 @every_case
-@every_implementation
+@any_implementation
 def test_derivatives_are_those_of_lax_in_every_case(case, implementation):
     test_derivatives_are_those_of_lax(case, implementation)
 
@@ -122,7 +122,7 @@ def test_outside_jit_it_is_the_same(transform):
         oracle.assert_close(outside, np.asarray(inside), length)
 
 
-@every_implementation
+@any_implementation
 def test_third_derivative_is_that_of_lax(implementation):
     (case,) = named("depthwise, multiplier 2")
     x, w, dx, dw, _ = operands(case)
@@ -138,7 +138,7 @@ def test_third_derivative_is_that_of_lax(implementation):
 
 
 @representative_cases
-@every_implementation
+@any_implementation
 def test_a_perturbation_expands_exactly(case, implementation):
     # Bilinear: the jvp is what is missing but for the product of both perturbations.
     x, w, dx, dw, _ = operands(case)
@@ -161,7 +161,7 @@ CHECKED = [
 
 
 @pytest.mark.parametrize("case", CHECKED, ids=lambda case: case.name)
-@every_implementation
+@any_implementation
 def test_derivatives_are_the_limits_of_differences(case, implementation):
     x, w, *_ = operands(case)
     conv = case.conv(implementation)

@@ -7,7 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import CASES, Case, each_case, every_case, every_implementation, named, random
+from cases import (
+    CASES,
+    Case,
+    any_implementation,
+    each_case,
+    every_case,
+    every_implementation,
+    named,
+    random,
+    representative_cases,
+)
 from jax import lax
 
 from grouped_conv_jax import grouped_conv
@@ -39,12 +49,18 @@ def test_value_and_gradients_are_right_when_optimized(case, implementation):
 
 
 @pytest.mark.usefixtures("quick_compilation")
-@every_case
+@representative_cases
 @every_implementation
 def test_value_and_gradients_are_those_of_the_oracle(case, implementation):
     operands = case.random()
     actual = value_and_gradients(case.conv(implementation))(*operands)
     assert_matches_the_oracle(actual, case, operands)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@every_case
+def test_value_and_gradients_of_the_choice_are_those_of_the_oracle(case):
+    test_value_and_gradients_are_those_of_the_oracle(case, None)
 
 
 @every_case
@@ -102,7 +118,7 @@ DTYPE_CASES = named("NCHW", "depthwise, multiplier 2", "two batch groups")
 
 @pytest.mark.usefixtures("quick_compilation")
 @each_case(DTYPE_CASES)
-@every_implementation
+@any_implementation
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "complex64", "float64", "complex128"])
 def test_dtypes(case, implementation, dtype):
     with jax.enable_x64(dtype in ("float64", "complex128")):
@@ -113,7 +129,7 @@ def test_dtypes(case, implementation, dtype):
 
 
 @each_case(DTYPE_CASES)
-@every_implementation
+@any_implementation
 def test_small_integers_add_up_in_the_preferred_type(case, implementation):
     x, w, _ = case.random(np.int8)
     actual = jax.jit(case.conv(implementation, preferred_element_type=jnp.int32))(x, w)
@@ -125,7 +141,7 @@ def test_small_integers_add_up_in_the_preferred_type(case, implementation):
 
 @pytest.mark.usefixtures("quick_compilation")
 @each_case(DTYPE_CASES)
-@every_implementation
+@any_implementation
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_gradients_have_the_dtypes_of_their_operands(case, implementation, dtype):
     x, w, _ = case.random(jnp.dtype(dtype))

@@ -10,8 +10,8 @@ import oracle
 import pytest
 from cases import (
     Case,
+    any_implementation,
     every_case,
-    every_implementation,
     named,
     representative_cases,
 )
@@ -82,7 +82,7 @@ def masked(axes, mapped) -> tuple[int | None, ...]:
 
 
 @representative_cases
-@every_implementation
+@any_implementation
 def test_vmap_over_any_operands_is_a_loop(case, implementation):
     # One axis of each array after another, so that each of them is mapped somewhere.
     axes = len(case.lhs) + 1
@@ -98,7 +98,7 @@ def test_vmap_over_any_operands_is_a_loop(case, implementation):
 
 @pytest.mark.slow
 @every_case
-@every_implementation
+@any_implementation
 def test_vmap_over_every_axis_is_a_loop(case, implementation):
     for axis in range(len(case.lhs) + 1):
         plans = [(masked((axis,) * 3, mapped), (axis,) * 3) for mapped in SUBSETS]
@@ -111,7 +111,7 @@ def test_a_negative_axis_counts_from_the_end():
 
 
 @representative_cases
-@every_implementation
+@any_implementation
 def test_nested_vmap_is_a_nested_loop(case, implementation):
     x, w, y = stacked(case, 2)
     inner = jax.vmap(contractions(case.conv(implementation)), (0, None, 0))
@@ -129,7 +129,7 @@ def test_nested_vmap_is_a_nested_loop(case, implementation):
 
 
 @representative_cases
-@every_implementation
+@any_implementation
 def test_gradients_through_vmap_and_within(case, implementation):
     x, w, _ = stacked(case, 3)
     kernel = w[0]
@@ -172,7 +172,7 @@ def test_gradients_through_vmap_and_within(case, implementation):
     oracle.assert_close(tangents, np.stack(expected), length, name="jvp")
 
 
-@every_implementation
+@any_implementation
 def test_second_derivatives_of_a_vmap_are_those_of_lax(implementation):
     (case,) = named("NHWC")
     x, w, _ = stacked(case, 2)
@@ -192,7 +192,7 @@ def test_second_derivatives_of_a_vmap_are_those_of_lax(implementation):
 
 
 @pytest.mark.parametrize("name", ["NCHW", "two batch groups", "no examples"])
-@every_implementation
+@any_implementation
 def test_vmap_of_one_example_is_a_loop(name, implementation):
     (case,) = named(name)
     plans = [(masked((0, 0, 0), mapped), (0, 0, 0)) for mapped in SUBSETS]
@@ -200,7 +200,7 @@ def test_vmap_of_one_example_is_a_loop(name, implementation):
 
 
 @pytest.mark.parametrize("name", ["NCHW", "two batch groups", "no examples"])
-@every_implementation
+@any_implementation
 def test_vmap_of_no_examples_is_empty(name, implementation):
     (case,) = named(name)
     for mapped in SUBSETS:
