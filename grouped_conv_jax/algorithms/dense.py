@@ -10,6 +10,7 @@ columns only instead, one row of taps after the other, and the batch and the row
 more features, the faster.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -47,18 +48,14 @@ def seconds(contraction: Contraction, spec: ConvSpec) -> float:
 
 def fprop(lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
     x, w = spec.to_channels_last("lhs", lhs), spec.to_channels_last("rhs", rhs)
-
-    def convolve(x: jax.Array, w: jax.Array) -> jax.Array:
-        return _convolve(
-            x,
-            w,
-            strides=spec.window_strides,
-            padding=spec.padding,
-            gaps=spec.lhs_dilation,
-            dilation=spec.rhs_dilation,
-            spec=spec,
-        )
-
+    convolve = functools.partial(
+        _convolve,
+        strides=spec.window_strides,
+        padding=spec.padding,
+        gaps=spec.lhs_dilation,
+        dilation=spec.rhs_dilation,
+        spec=spec,
+    )
     out = _each_group(convolve, x, w, (-1, -1), spec)
     return spec.from_channels_last("out", out.astype(spec.out_dtype))
 
@@ -68,18 +65,14 @@ def dgrad(out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
     (inputs, outputs), groups = spec.group_width, spec.feature_group_count
     w = jnp.swapaxes(w.reshape(*w.shape[:-1], groups, outputs), -1, -3)
     w = lax.rev(w, range(w.ndim - 3)).reshape(*w.shape[:-2], groups * inputs)
-
-    def convolve(y: jax.Array, w: jax.Array) -> jax.Array:
-        return _convolve(
-            y,
-            w,
-            strides=spec.lhs_dilation,
-            padding=spec.dgrad_padding,
-            gaps=spec.window_strides,
-            dilation=spec.rhs_dilation,
-            spec=spec,
-        )
-
+    convolve = functools.partial(
+        _convolve,
+        strides=spec.lhs_dilation,
+        padding=spec.dgrad_padding,
+        gaps=spec.window_strides,
+        dilation=spec.rhs_dilation,
+        spec=spec,
+    )
     lhs = _each_group(convolve, y, w, (-1, -1), spec)
     return spec.from_channels_last("lhs", lhs.astype(spec.dtype))
 
@@ -91,23 +84,18 @@ def wgrad(lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
         x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *_row_padding(spec), *[(0, 0, 0)] * 2])
         x = jnp.moveaxis(x, (-1, -2), (0, 1))  # (G C, columns, N, *rows)
         y = jnp.moveaxis(y, -2, 0)  # (columns, N, *rows, G O)
-
-        def convolve(x: jax.Array, y: jax.Array) -> jax.Array:
-            return _row_by_row(x, y, spec)
+        convolve = functools.partial(_row_by_row, spec=spec)
     else:
         x = jnp.moveaxis(x, (-1, 0), (0, -1))  # (G C, *spatial, N)
         y = jnp.moveaxis(y, 0, -2)  # (*spatial, N, G O)
-
-        def convolve(x: jax.Array, y: jax.Array) -> jax.Array:
-            return _convolve(
-                x,
-                y,
-                strides=spec.rhs_dilation,
-                padding=spec.wgrad_padding,
-                gaps=spec.lhs_dilation,
-                dilation=spec.window_strides,
-                spec=spec,
-            )
+        convolve = functools.partial(
+            _convolve,
+            strides=spec.rhs_dilation,
+            padding=spec.wgrad_padding,
+            gaps=spec.lhs_dilation,
+            dilation=spec.window_strides,
+            spec=spec,
+        )
 
     rhs = jnp.moveaxis(_each_group(convolve, x, y, (0, -1), spec), 0, -2)
     return spec.from_channels_last("rhs", rhs.astype(spec.dtype))
