@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import any_implementation, random
+from cases import random
 from flax import linen, nnx
 from jaxprs import convolutions
 
@@ -44,6 +44,7 @@ LAYERS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 }
 
 each_layer = pytest.mark.parametrize(("arguments", "shape"), LAYERS.values(), ids=LAYERS)
+each_implementation = pytest.mark.parametrize("implementation", [None, "xla"])
 
 
 def assert_trees_close(actual: Any, expected: Any, computed: Any = None) -> None:
@@ -68,7 +69,7 @@ def outputs_and_gradients(apply, params, x):
     return y, grads
 
 
-@any_implementation
+@each_implementation
 @each_layer
 def test_linen_equals_flax(arguments, shape, implementation):
     x = jnp.asarray(random("x", shape, np.float32))
@@ -85,7 +86,7 @@ def test_linen_equals_flax(arguments, shape, implementation):
     )
 
 
-@any_implementation
+@each_implementation
 @each_layer
 def test_nnx_equals_flax(arguments, shape, implementation):
     x = jnp.asarray(random("x", shape, np.float32))
@@ -121,7 +122,7 @@ def test_flax_takes_the_op_as_its_convolution():
     assert len(convolutions(layer.apply, variables, x)) == 1
 
 
-@any_implementation
+@each_implementation
 def test_the_implementation_is_passed_on(implementation):
     x = jnp.ones((1, 4, 4, 6))
     layer = grouped_conv_jax.nnx.GroupedConv(
