@@ -252,9 +252,8 @@ class JaxTraining:
             params = optax.apply_updates(state.params, updates)
             return State(state.step + 1, params, rest, opt_state), value
 
-        lowered = jax.jit(step, donate_argnums=0).lower(self.state, *self.batch)
         began = time.perf_counter()
-        self.compiled = lowered.compile()
+        self.compiled = jax.jit(step, donate_argnums=0).lower(self.state, *self.batch).compile()
         self.compile_seconds = time.perf_counter() - began
 
     def __call__(self) -> None:

@@ -34,8 +34,16 @@ def flops(spec: ConvSpec) -> int:
     return 2 * spec.multiply_adds
 
 
+def convolution_rate(contraction: Contraction, spec: ConvSpec) -> float:
+    """FLOP/s of the dense convolution of one group."""
+    rate = dense_rate(contraction, spec)
+    if math.prod(spec.spatial_shape("rhs")) == 1:
+        rate *= 0.6  # What is packed for a convolution is used for one tap only.
+    return rate
+
+
 def dense_rate(contraction: Contraction, spec: ConvSpec) -> float:
-    """FLOP/s of the dense convolution of one group, or of the matrix product that it is.
+    """FLOP/s of the matrix product that the convolution of one group is.
 
     What is packed of one operand is used as often as the result has columns; and what is packed
     takes longer, the shorter the sums are. The kernel's gradient has long sums and few results.

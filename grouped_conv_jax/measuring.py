@@ -34,8 +34,9 @@ SAMPLE_SECONDS = 2e-3
 """For one sample, what is faster is run several times."""
 
 
-def tune(function: Callable, *args: Any, repeats: int = 10) -> Tuning:
-    """Measures which implementations are the fastest for the convolutions in `function(*args)`.
+def tune(function: Callable, *args: Any, repeats: int = 10, **kwargs: Any) -> Tuning:
+    """Measures which implementations are the fastest for the convolutions in a function's call,
+    `function(*args, **kwargs)`.
 
     Each distinct contraction that it has (forward; gradients, if it takes them), in the shapes that
     one device gets, is computed alone by each implementation that supports it, on a device of the
@@ -46,6 +47,7 @@ def tune(function: Callable, *args: Any, repeats: int = 10) -> Tuning:
         devices share it compiled, but not run.
       *args: its arguments; arrays, or `jax.ShapeDtypeStruct` (with shardings, if any), in trees;
         everything else is static.
+      **kwargs: more of them, by name.
       repeats: samples for each implementation, of which the median counts.
 
     Returns:
@@ -73,7 +75,7 @@ def tune(function: Callable, *args: Any, repeats: int = 10) -> Tuning:
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
     measured: dict[tuple[DeviceKind, Contraction, ConvSpec], Measurement] = {}
-    for o in occurrences(function, args, {}):
+    for o in occurrences(function, args, kwargs):
         key = o.device, o.contraction, o.spec
         if o.implementation is None and key not in measured:
             measured[key] = _measure(*key, repeats)

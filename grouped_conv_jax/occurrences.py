@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.core import Tracer
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType
 
@@ -111,5 +112,5 @@ def _compiled(
 
 def _device(arrays: Sequence[Any]) -> Any:
     """That of the first array, or what would be that of a new one."""
-    known = (x for x in arrays if isinstance(x, jax.Array))
+    known = (x for x in arrays if isinstance(x, jax.Array) and not isinstance(x, Tracer))
     return min(next(known, jax.device_put(0)).devices(), key=lambda device: device.id)

@@ -85,6 +85,13 @@ class Dimension:
         return found
 
 
+def phase_count(contraction: Contraction, spec: ConvSpec) -> int:
+    """How many phases the result has, or the operand that the kernel's gradient reads."""
+    gaps = spec.window_strides if contraction == "dgrad" else spec.lhs_dilation
+    strides = spec.lhs_dilation if contraction == "dgrad" else spec.window_strides
+    return math.prod(g // math.gcd(g, s) for g, s in zip(gaps, strides, strict=True))
+
+
 def dimensions(contraction: Contraction, spec: ConvSpec) -> list[Dimension]:
     """The spatial dimensions of a contraction that computes the output or the input's gradient.
 

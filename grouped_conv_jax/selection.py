@@ -18,9 +18,10 @@ def choose(contraction: Contraction, spec: ConvSpec, platform: str) -> str:
     - narrow groups, of up to 80 products for an output (3 x 3 taps of 8 inputs): `"taps"` for the
       output and the input's gradient, since the matrix products of such groups are too thin;
     - a kernel of one tap: `"patches"`, which are plain matrix products then;
-    - other groups, one group, and the kernel's gradient of narrow ones: `"dense"`, one convolution
-      for each;
-    - sizes that are not known yet: `"xla"`.
+    - other groups, and the kernel's gradient of narrow ones: `"dense"`, one convolution for each;
+      in 64 bits, in which XLA has no fast convolution, `"patches"` or `"xla"` for wide ones;
+    - one group, groups that are so few and small that any detour is longer, and sizes that are not
+      known yet: `"xla"`.
 
     `"xla"` everywhere else, where nothing has been measured. `"vmap"` becomes the same convolutions
     as `"xla"` by a longer way, and `"packed"` spoils neighbouring groups where there are infinities

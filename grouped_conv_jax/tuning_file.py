@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -41,7 +42,7 @@ class Stored:
 
 def save(path: str | os.PathLike[str], measurements: Iterable[Measurement]) -> None:
     """See `Tuning.save`."""
-    path = Path(path)
+    path = Path(path).resolve()  # A link stays one.
     versions = tuple(VERSIONS.items())
     with _locked(path):
         stored = [s for s in _existing(path) if s is not None]
@@ -61,6 +62,8 @@ def save(path: str | os.PathLike[str], measurements: Iterable[Measurement]) -> N
         # Whoever reads meanwhile has the old file, and one that is cut short is never there.
         new_path = path.with_name(f"{path.name}.new")
         new_path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", "utf-8")
+        if path.exists():
+            shutil.copymode(path, new_path)
         new_path.replace(path)
 
 

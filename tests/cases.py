@@ -399,6 +399,18 @@ CASES = [
         {"window_strides": (1, 1), "padding": "VALID", "feature_group_count": 2},
     ),
     Case(
+        "cropped to nothing",
+        (2, 4, 4, 3),
+        (4, 2, 3, 3),
+        {
+            "window_strides": (1, 1),
+            "padding": [(-8, 6), (1, 1)],
+            "lhs_dilation": (2, 2),
+            "feature_group_count": 2,
+        },
+        representative=True,
+    ),
+    Case(
         "no examples",
         (0, 4, 5, 5),
         (4, 2, 3, 3),

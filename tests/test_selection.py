@@ -12,6 +12,7 @@ from jaxprs import convolutions
 from benchmarks.contenders import function
 from benchmarks.workloads import MADE, MODES, USED, WORKLOADS, Mode, Workload
 from grouped_conv_jax import grouped_conv, implementations, selection
+from grouped_conv_jax.algorithms import unsupported
 from grouped_conv_jax.spec import Contraction, ConvSpec
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -93,6 +94,22 @@ def test_the_code_does_not_grow_with_many_groups():
             assert lines[1] <= lines[0] + 5, (width, contraction)
 
 
+@pytest.mark.parametrize("name", ["taps", "patches"])
+def test_what_would_be_too_much_code_is_refused(name):
+    """Large kernels, and strides of many phases."""
+    for shape in ((4, 40, 40, 768, 768, 25, 1, 16), (2, 64, 64, 64, 64, 1, 32, 32)):
+        spec = spec_of(Workload.of("much", shape))
+        assert unsupported(name, "dgrad", spec, "cpu") is not None
+
+
+@every_contraction
+def test_one_group_is_what_xla_is_good_at(contraction):
+    for shape in ((8, 28, 28, 1, 16, 5, 1, 1), (2, 14, 14, 64, 64, 3, 1, 1)):
+        for dtype in ("float32", "bfloat16", "float16"):
+            spec = spec_of(Workload.of("one group", shape), dtype)
+            assert selection.choose(contraction, spec, "cpu") == "xla"
+
+
 def test_the_code_does_not_grow_without_bound_with_the_kernel():
     for width, groups in ((1, 8), (4, 4)):
         for contraction in CONTRACTIONS:
@@ -133,11 +150,11 @@ def test_what_is_not_finite_in_a_group_stays_in_it(name, value, implementation):
     assert np.isfinite(dw[..., dw.shape[-1] // groups :]).all()
 
 
-@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 @pytest.mark.parametrize("name", SMALL)
 def test_the_choice_is_right_in_other_dtypes_too(name, dtype):
     workload = SMALL[name]
-    with jax.enable_x64(dtype == "float64"):
+    with jax.enable_x64(dtype != "bfloat16"):
         given = {role: jnp.asarray(a, dtype) for role, a in workload.random().items()}
         for mode in MODES:
             results = [
@@ -146,7 +163,7 @@ def test_the_choice_is_right_in_other_dtypes_too(name, dtype):
             ]
             for role, ours, theirs in zip(MADE[mode], *results, strict=True):
                 assert ours.dtype == theirs.dtype == dtype, role
-                tolerance = 1e-12 if dtype == "float64" else 0.06
+                tolerance = {"float64": 1e-12, "float32": 1e-4, "bfloat16": 0.06}[dtype]
                 ours, theirs = (np.asarray(a).astype(np.float64) for a in (ours, theirs))
                 np.testing.assert_allclose(
                     ours, theirs, tolerance, tolerance * np.abs(theirs).max()

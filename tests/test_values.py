@@ -85,6 +85,7 @@ def test_the_oracle_knows_a_convolution_done_by_hand():
 
 
 GROUPED = [c for c in CASES if c.groups > 1 and 0 not in (*c.lhs, *c.rhs, *c.out)]
+GROUPED = [c for c in GROUPED if c.name != "cropped to nothing"]  # All of it is zero.
 
 
 def several_features(case: Case) -> bool:

@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 
 from grouped_conv_jax import costs
-from grouped_conv_jax.algorithms.xla import plainly_padded
+from grouped_conv_jax.algorithms import xla
 from grouped_conv_jax.spec import Contraction, ConvSpec
 
 UNROLLED = 8
@@ -39,12 +39,11 @@ def supports(contraction: Contraction, spec: ConvSpec, platform: str) -> str | N
 
 def seconds(contraction: Contraction, spec: ConvSpec) -> float:
     """The dense convolutions, and the copies of the groups out of and into the arrays."""
-    rate = costs.dense_rate(contraction, spec)
-    if math.prod(spec.spatial_shape("rhs")) == 1:
-        rate *= 0.6  # What is packed for a convolution is used for one tap only.
-    if spec.accumulator.itemsize > 4:  # XLA:CPU has a slow path for these and large kernels.
-        rate *= 0.03 if contraction == "wgrad" else 0.5
-    copied = 2 * costs.all_bytes(contraction, spec) if spec.feature_group_count > 1 else 0
+    copied = 2 * costs.all_bytes(contraction, spec)
+    rate = costs.convolution_rate(contraction, spec)
+    if spec.accumulator.itemsize > 4:
+        # In a loop XLA:CPU is slow, most of all with kernels as large as the image.
+        rate *= 0.03 if contraction == "wgrad" else 0.15
     work = copied / costs.BYTES_PER_SECOND + costs.flops(spec) / rate
     return costs.CALL * spec.feature_group_count + work
 
@@ -158,7 +157,8 @@ def _row_by_row(x: jax.Array, y: jax.Array, spec: ConvSpec) -> jax.Array:
     def one(number: jax.Array) -> jax.Array:
         taps = jnp.unravel_index(number, rows)
         starts = [tap * d for tap, d in zip(taps, dilations, strict=True)]
-        seen = lax.dynamic_slice(x, [0, 0, 0, *starts], [*x.shape[:3], *reach])
+        zero = jnp.zeros((), number.dtype)  # A number of Python's may be of 64 bits.
+        seen = lax.dynamic_slice(x, [zero] * 3 + starts, [*x.shape[:3], *reach])
         seen = seen[(..., *(slice(None, None, s) for s in strides))]
         return _convolve(
             seen.reshape(*x.shape[:2], -1),
@@ -191,10 +191,9 @@ def _convolve(
 ) -> jax.Array:
     dtype = x.dtype if x.dtype == w.dtype else spec.out_dtype
     rank = len(strides)
-    x, padding, gaps = plainly_padded(x, padding, gaps, range(1, rank + 1))
     layout = (0, rank + 1, *range(1, rank + 1))
     kernel = (rank + 1, rank, *range(rank))
-    return lax.conv_general_dilated(
+    return xla.convolve(
         x.astype(dtype),
         w.astype(dtype),
         strides,

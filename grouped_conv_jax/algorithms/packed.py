@@ -20,6 +20,8 @@ TILE = 16
 
 
 def supports(contraction: Contraction, spec: ConvSpec, platform: str) -> str | None:
+    if not all(isinstance(n, int) for n in spec.group_width):
+        return "it needs to know how wide the groups are"
     return None
 
 

@@ -3,7 +3,7 @@
     out[p, o] = sum over the rows of the kernel of patches[p, (k c)] · rhs[(k c), o]
 
 where a patch holds what the taps of that row see. A kernel of one tap needs no patches: they are
-the input itself. Matrix products are fast in every dtype; XLA's convolutions are not in 64 bits.
+the input itself.
 """
 
 import math
@@ -23,11 +23,15 @@ from grouped_conv_jax.phases import (
     each_read,
     interleave,
     padded,
+    phase_count,
 )
 from grouped_conv_jax.spec import Contraction, ConvSpec, Role
 
 MAX_PRODUCTS = 128
-"""More take too long to compile."""
+"""Matrix products: more take too long to compile, as do more pieces of an operand."""
+
+MAX_PIECES = 512
+"""Pieces: what each tap sees of each group, and the phases of each."""
 
 
 def supports(contraction: Contraction, spec: ConvSpec, platform: str) -> str | None:
@@ -38,6 +42,10 @@ def supports(contraction: Contraction, spec: ConvSpec, platform: str) -> str | N
     products = spec.feature_group_count * math.prod(spec.spatial_shape("rhs")[:-1])
     if products > MAX_PRODUCTS:
         return f"{products} matrix products are more than {MAX_PRODUCTS}"
+    taps = math.prod(spec.spatial_shape("rhs"))
+    pieces = spec.feature_group_count * max(taps, phase_count(contraction, spec))
+    if pieces > MAX_PIECES:
+        return f"{pieces} pieces of an operand are more than {MAX_PIECES}"
     return None
 
 
@@ -49,6 +57,8 @@ def seconds(contraction: Contraction, spec: ConvSpec) -> float:
     patches = 0 if taps == 1 else 2 * taps * math.prod(rows) * other
     moved = (patches + costs.all_bytes(contraction, spec)) / costs.BYTES_PER_SECOND
     rate = costs.dense_rate(contraction, spec)
+    if taps > 1 and spec.accumulator.itemsize > 4:
+        rate *= 0.25
     return costs.CALL * calls + moved + costs.flops(spec) / rate
 
 

@@ -28,6 +28,7 @@ from grouped_conv_jax.phases import (
     each_read,
     interleave,
     padded,
+    phase_count,
 )
 from grouped_conv_jax.spec import Contraction, ConvSpec
 
@@ -36,6 +37,9 @@ MAX_TERMS = 256
 
 FAST_TERMS = 80
 """As many the compiler unrolls; a longer sum is left as a loop that is not made of vectors."""
+
+MAX_PHASES = 64
+"""Loops, each of which writes a part of the result: the phases of a stride."""
 
 MAX_PAIRS = 64
 """Pairs of an input and an output: as many sums the kernel's gradient stores for each group."""
@@ -50,6 +54,9 @@ SUMMANDS = 8
 def supports(contraction: Contraction, spec: ConvSpec, platform: str) -> str | None:
     if spec.is_symbolic:
         return "it needs to know all sizes"
+    phases = phase_count(contraction, spec)
+    if phases > MAX_PHASES:
+        return f"{phases} phases are more than {MAX_PHASES}"
     inputs, outputs = spec.group_width
     if contraction == "wgrad":
         pairs = inputs * outputs
@@ -64,8 +71,11 @@ def supports(contraction: Contraction, spec: ConvSpec, platform: str) -> str | N
 
 def seconds(contraction: Contraction, spec: ConvSpec) -> float:
     """Depthwise, as fast as memory. Narrow groups run in vectors of four outputs, as long as the
-    sum is not too long. A kernel gradient reads both operands, from a cache, for each tap.
+    sum is not too long. A kernel gradient reads both operands, from a cache, for each tap. One
+    group has no groups to make vectors of.
     """
+    if spec.feature_group_count == 1:
+        return math.inf
     (inputs, outputs), taps = spec.group_width, math.prod(spec.spatial_shape("rhs"))
     moved = costs.all_bytes(contraction, spec) / costs.BYTES_PER_SECOND
     if inputs == 1:
@@ -77,8 +87,8 @@ def seconds(contraction: Contraction, spec: ConvSpec) -> float:
     terms = taps * (inputs if contraction == "fprop" else outputs)
     results = outputs if contraction == "fprop" else inputs
     rate = 40e9 if results % 4 == 0 else 12e9
-    if terms > FAST_TERMS:
-        rate = 3e9
+    if terms > FAST_TERMS or spec.dtype == np.float16:
+        rate = 3e9  # Not made of vectors.
     return costs.CALL + 2 * moved + costs.flops(spec) / rate
 
 

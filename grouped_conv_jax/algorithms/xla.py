@@ -6,6 +6,7 @@ which a transpose of an abstract value would not know of, and sums would come ou
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +21,18 @@ def supports(contraction: Contraction, spec: ConvSpec, platform: str) -> str | N
 
 
 def seconds(contraction: Contraction, spec: ConvSpec) -> float:
-    """With groups, jax 0.12 computes 2 GFLOP/s for each feature of a group up to about 60 (jax 0.10
-    a third of that). The kernel's gradient, and what is not in XLA's preferred layout and in a
-    loop, takes longer.
+    """One group is what XLA is good at, and every other way to compute it is a detour, but for a
+    matrix product. With groups, jax 0.12 computes 2 GFLOP/s for each feature of a group up to about
+    60 (jax 0.10 a third of that), half as much for the kernel's gradient, and a third in 64 bits.
     """
-    rate = costs.dense_rate(contraction, spec)
-    if spec.feature_group_count > 1:
-        rate = min(60e9, 2e9 * min(spec.group_width))
-    return 2 * costs.CALL + costs.flops(spec) / rate * (2 if contraction == "wgrad" else 1)
+    if spec.feature_group_count == 1:
+        return costs.CALL + costs.flops(spec) / costs.convolution_rate(contraction, spec)
+    rate = min(60e9, 2e9 * min(spec.group_width))
+    if contraction == "wgrad":
+        rate /= 2
+    if spec.accumulator.itemsize > 4:
+        rate /= 3
+    return 2 * costs.CALL + costs.flops(spec) / rate
 
 
 def fprop(lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
@@ -102,10 +107,7 @@ def _convolve(
     result: Role,
     spec: ConvSpec,
 ) -> jax.Array:
-    lhs, padding, lhs_dilation = plainly_padded(lhs, padding, lhs_dilation, layouts[0][2:])
-    if any(n == 0 for n in lhs.shape):
-        return jnp.zeros(spec.shape(result), spec.role_dtype(result))
-    return lax.conv_general_dilated(
+    return convolve(
         lhs,
         rhs,
         window_strides,
@@ -117,6 +119,40 @@ def _convolve(
         precision=spec.precision,
         preferred_element_type=spec.out_dtype,
     ).astype(spec.role_dtype(result))
+
+
+def convolve(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    window_strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int],
+    rhs_dilation: Sequence[int],
+    dimension_numbers: lax.ConvDimensionNumbers,
+    feature_group_count: int = 1,
+    **dtypes: Any,
+) -> jax.Array:
+    """`lax.conv_general_dilated`, of any padding, and of crops that leave nothing."""
+
+    def conv(lhs: jax.Array, padding: Sequence[Any], lhs_dilation: Sequence[int]) -> jax.Array:
+        return lax.conv_general_dilated(
+            lhs,
+            rhs,
+            window_strides,
+            padding,
+            lhs_dilation,
+            rhs_dilation,
+            dimension_numbers,
+            feature_group_count,
+            **dtypes,
+        )
+
+    spatial = dimension_numbers.lhs_spec[2:]
+    left, pads, dilation = plainly_padded(lhs, padding, lhs_dilation, spatial)
+    if any(n == 0 for n in left.shape):
+        result = jax.eval_shape(lambda lhs: conv(lhs, padding, lhs_dilation), lhs)
+        return jnp.zeros(result.shape, result.dtype)
+    return conv(left, pads, dilation)
 
 
 def plainly_padded(
