@@ -330,11 +330,16 @@ def local_response_normalization(
     Over the last axis, the window centred; what is beyond the ends counts as 0.
     """
     before = size // 2
-    features = x.shape[-1]
-    padding = [(0, 0)] * (x.ndim - 1) + [(before, size - 1 - before)]
-    squares = jnp.pad(jnp.square(x), padding)
-    total = sum(lax.slice_in_dim(squares, i, i + features, axis=x.ndim - 1) for i in range(size))
-    return x * (k + alpha * total) ** -beta
+    total = lax.reduce_window(
+        jnp.square(x),
+        0.0,
+        lax.add,
+        window_dimensions=(1,) * (x.ndim - 1) + (size,),
+        window_strides=(1,) * x.ndim,
+        padding=[(0, 0)] * (x.ndim - 1) + [(before, size - 1 - before)],
+    )
+    # XLA:CPU makes vectors of these two, and not of a power.
+    return x * jnp.exp(-beta * jnp.log(k + alpha * total))
 
 
 def _kernel_init(config: AlexNetConfig) -> nnx.Initializer:
