@@ -179,3 +179,14 @@ def test_processes_that_save_at_once_lose_nothing(tmp_path):
         writer.communicate()
     specs = {m.subject.spec for m in Tuning.load(path).measurements}
     assert specs == {f"{who} {i}" for who in "ab" for i in range(20)}
+
+
+def test_a_link_stays_one_and_the_file_keeps_its_mode(tmp_path):
+    target, link = tmp_path / "target.json", tmp_path / "link.json"
+    made_up(CONV, X, W, times=FOR_VMAP).save(target)
+    target.chmod(0o664)
+    link.symlink_to(target)
+    made_up(CONV, X[:1], W, times=FOR_VMAP).save(link)
+    assert link.is_symlink()
+    assert target.stat().st_mode & 0o777 == 0o664
+    assert len(Tuning.load(target).measurements) == 2
