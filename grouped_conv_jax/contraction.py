@@ -165,13 +165,16 @@ batching.fancy_primitive_batchers[grouped_conv_p] = _batching_rule
 def _lowering_rule(platform: str):
     def rule(ctx, *operands, contraction, spec, implementation, choices, out_sharding):
         device = DeviceKind.lowered_for(platform, ctx)
+        is_export = ctx.module_context.lowering_parameters.for_export
 
         def on_one_device(first, second, spec):
             result = RESULT[contraction]
             if spec.is_empty:
                 return jnp.zeros(spec.shape(result), spec.role_dtype(result))
             merged = spec.merged()
-            name = selection.resolve(implementation, contraction, merged, platform, choices, device)
+            name = selection.resolve(
+                implementation, contraction, merged, platform, choices, device, is_export
+            )
             first, second = map(spec.merge, OPERANDS[contraction], (first, second))
             algorithm = getattr(TABLE[name], contraction)
             with jax.named_scope(f"grouped_conv.{contraction}.{name}"):

@@ -8,11 +8,14 @@ from grouped_conv_jax.spec import Contraction, ConvSpec
 from grouped_conv_jax.tuning import Choices
 
 
-def choose(contraction: Contraction, spec: ConvSpec, platform: str) -> str:
+def choose(
+    contraction: Contraction, spec: ConvSpec, platform: str, is_export: bool = False
+) -> str:
     """The automatic choice.
 
     On a CPU it is what is expected to be the fastest (`expected_seconds`) of those that compute
-    this, which comes to:
+    this: `"native"`, nearly always. Where its kernels are missing, for three spatial dimensions,
+    other dtypes and what is exported, that comes to:
 
     - a group for each input (depthwise): `"taps"`, a loop at the speed of memory;
     - narrow groups, of up to 80 products for an output (3 x 3 taps of 8 inputs): `"taps"` for the
@@ -29,7 +32,7 @@ def choose(contraction: Contraction, spec: ConvSpec, platform: str) -> str:
     """
     if platform != "cpu" or spec.is_symbolic or spec.is_empty:
         return "xla"
-    able = [name for name in TABLE if unsupported(name, contraction, spec, platform) is None]
+    able = [n for n in TABLE if unsupported(n, contraction, spec, platform, is_export) is None]
     return min(able, key=lambda name: expected_seconds(name, contraction, spec, platform))
 
 
@@ -49,6 +52,7 @@ def resolve(
     platform: str,
     choices: Choices | None = None,
     device: DeviceKind | None = None,
+    is_export: bool = False,
 ) -> str:
     """The name of the implementation to run: the one asked for, the one that is the fastest of
     those measured on such a device, or the automatic choice.
@@ -58,9 +62,11 @@ def resolve(
     """
     if implementation is None:
         fastest = None if choices is None else choices.fastest(contraction, spec, device)
-        return fastest or choose(contraction, spec, platform)
-    if reason := unsupported(implementation, contraction, spec, platform):
-        others = [n for n in TABLE if unsupported(n, contraction, spec, platform) is None]
+        return fastest or choose(contraction, spec, platform, is_export)
+    if reason := unsupported(implementation, contraction, spec, platform, is_export):
+        others = [
+            n for n in TABLE if unsupported(n, contraction, spec, platform, is_export) is None
+        ]
         raise NotImplementedError(
             f"implementation {implementation!r} does not compute this {contraction} on "
             f"{platform}: {reason}; these do: {', '.join(others)}"

@@ -29,7 +29,15 @@ def module(**functions) -> types.ModuleType:
 
 
 def test_the_names_are_those_of_the_table():
-    assert implementations() == ("xla", "vmap", "dense", "taps", "patches", "packed")
+    assert implementations() == (
+        "xla",
+        "vmap",
+        "dense",
+        "taps",
+        "patches",
+        "packed",
+        "native",
+    )
     assert tuple(TABLE) == implementations()
 
 

@@ -11,7 +11,7 @@ from jaxprs import convolutions
 
 from benchmarks.contenders import function
 from benchmarks.workloads import MADE, MODES, USED, WORKLOADS, Mode, Workload
-from grouped_conv_jax import grouped_conv, implementations, selection
+from grouped_conv_jax import grouped_conv, implementations, native, selection
 from grouped_conv_jax.algorithms import unsupported
 from grouped_conv_jax.spec import Contraction, ConvSpec
 
@@ -57,8 +57,28 @@ CHOICES = {
 """As the docstring of `choose` says: depthwise, narrow, one tap, other groups."""
 
 
+@pytest.fixture
+def no_native_kernels(monkeypatch):
+    monkeypatch.setattr(native, "missing", lambda: "there are none")
+
+
 @every_workload
-def test_the_choice_on_a_cpu_is_what_the_docstring_says(name):
+def test_the_choice_on_a_cpu_is_native(name):
+    spec = spec_of(WORKLOADS[name])
+    for contraction in CONTRACTIONS:
+        assert selection.choose(contraction, spec, "cpu") == "native"
+
+
+@every_workload
+def test_what_is_exported_is_made_of_jax_operations(name):
+    spec = spec_of(WORKLOADS[name])
+    for contraction in CONTRACTIONS:
+        assert selection.choose(contraction, spec, "cpu", is_export=True) != "native"
+
+
+@pytest.mark.usefixtures("no_native_kernels")
+@every_workload
+def test_the_choice_without_native_kernels_is_what_the_docstring_says(name):
     spec = spec_of(WORKLOADS[name])
     chosen = tuple(selection.choose(contraction, spec, "cpu") for contraction in CONTRACTIONS)
     assert chosen == CHOICES[name]
@@ -73,6 +93,7 @@ def test_where_nothing_has_been_measured_the_choice_is_lax(platform):
             assert seconds == math.inf
 
 
+@pytest.mark.usefixtures("no_native_kernels")
 @every_contraction
 @every_workload
 def test_what_is_chosen_needs_no_more_than_twice_its_arrays(name, contraction):
@@ -82,6 +103,7 @@ def test_what_is_chosen_needs_no_more_than_twice_its_arrays(name, contraction):
     assert memory.temp_size_in_bytes <= 2 * 4 * workload.elements(contraction)
 
 
+@pytest.mark.usefixtures("no_native_kernels")
 def test_the_code_does_not_grow_with_many_groups():
     """Narrow, middling and wide ones."""
     for width in (2, 16, 48):
@@ -102,14 +124,16 @@ def test_what_would_be_too_much_code_is_refused(name):
         assert unsupported(name, "dgrad", spec, "cpu") is not None
 
 
+@pytest.mark.usefixtures("no_native_kernels")
 @every_contraction
-def test_one_group_is_what_xla_is_good_at(contraction):
+def test_one_group_is_left_to_xla(contraction):
     for shape in ((8, 28, 28, 1, 16, 5, 1, 1), (2, 14, 14, 64, 64, 3, 1, 1)):
         for dtype in ("float32", "bfloat16", "float16"):
             spec = spec_of(Workload.of("one group", shape), dtype)
             assert selection.choose(contraction, spec, "cpu") == "xla"
 
 
+@pytest.mark.usefixtures("no_native_kernels")
 def test_the_code_does_not_grow_without_bound_with_the_kernel():
     for width, groups in ((1, 8), (4, 4)):
         for contraction in CONTRACTIONS:

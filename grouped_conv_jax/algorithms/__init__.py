@@ -12,7 +12,8 @@ and, to be chosen without being asked for,
 
     seconds(contraction, spec) -> what it is expected to take on a CPU (see `costs`)
 
-where `platform` is "cpu", "cuda", "rocm", "tpu" or "another platform". It knows nothing of
+where `platform` is "cpu", "cuda", "rocm", "tpu" or "another platform". If it compiles to a call of
+code that is not part of the program, it says `IS_EXPORTABLE = False`. It knows nothing of
 differentiation, vmap, sharding or of when it is chosen. To add one: write the file, and a line
 with its name in `TABLE`.
 """
@@ -31,6 +32,7 @@ TABLE: dict[str, ModuleType] = {
         "taps",
         "patches",
         "packed",
+        "native",
     )
 }
 
@@ -40,7 +42,7 @@ def implementations() -> tuple[str, ...]:
 
     >>> import grouped_conv_jax
     >>> grouped_conv_jax.implementations()
-    ('xla', 'vmap', 'dense', 'taps', 'patches', 'packed')
+    ('xla', 'vmap', 'dense', 'taps', 'patches', 'packed', 'native')
     """
     return tuple(TABLE)
 
@@ -51,9 +53,17 @@ def check_name(name: str | None) -> None:
         raise ValueError(f"unknown implementation {name!r}; known: {', '.join(TABLE)}, or None")
 
 
-def unsupported(name: str, contraction: Contraction, spec: ConvSpec, platform: str) -> str | None:
+def unsupported(
+    name: str,
+    contraction: Contraction,
+    spec: ConvSpec,
+    platform: str,
+    is_export: bool = False,
+) -> str | None:
     """None if the implementation computes this contraction here, else the reason why not."""
     module = TABLE[name]
     if not hasattr(module, contraction):
         return f"it has no {contraction}"
+    if is_export and not getattr(module, "IS_EXPORTABLE", True):
+        return "what jax.export makes must run without this package"
     return module.supports(contraction, spec, platform)

@@ -1,0 +1,72 @@
+// A request, computed: the plan is made, and its tasks shared with the threads of a pool.
+#ifndef GROUPED_CONV_COMPUTE_H_
+#define GROUPED_CONV_COMPUTE_H_
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <new>
+
+#include "engines.h"
+#include "parallel.h"
+#include "plan.h"
+
+namespace grouped_conv {
+
+// Bytes, at the beginning of a cache line. (XLA offers calls on a CPU no allocator.)
+class Memory {
+ public:
+  explicit Memory(int64_t bytes)
+      : data_(static_cast<char*>(::operator new(bytes, std::align_val_t{kAlignment}))) {}
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  ~Memory() { ::operator delete(data_, std::align_val_t{kAlignment}); }
+  char* data() const { return data_; }
+
+ private:
+  char* data_;
+};
+
+// The operands in the order of the contraction: input and kernel, gradient of the output and
+// kernel, input and gradient of the output. Shapes are those of the request, which `Check` has
+// passed. A pool is what `ParallelFor` takes. Throws std::bad_alloc.
+template <class Pool>
+void Compute(const Request& request, Type type, Pool& pool, const void* first, const void* second,
+             void* result, int64_t result_bytes) {
+  bool is_sum = request.contraction == Contraction::kWgrad;
+  const Engine* engine = EngineFor(type);
+  // Pairs of features must be whole; with one input, there is one product for each output.
+  bool has_pairs = is_sum ? request.inputs * request.outputs > 1 : request.inputs % 2 == 0;
+  if (type == Type::kBfloat16 && has_pairs) {
+    if (const Engine* pairs = EngineFor(Type::kBfloat16Pair)) engine = pairs;
+  }
+  Plan plan;
+  MakePlan(request, *engine, &plan);
+  Job& job = plan.job;
+  Memory packed(plan.packed_bytes), scratch(plan.workers * job.scratch_bytes);
+  job.operand = first;
+  job.other = second;
+  job.result = result;
+  job.packed = packed.data();
+  int64_t workers = std::min(request.threads, job.vectors);
+  auto task = [&](auto function) {
+    return [&, function](int64_t task, int64_t worker) {
+      function(job, task, scratch.data() + worker * job.scratch_bytes);
+    };
+  };
+  auto vector = [&](auto function) {
+    return [&, function](int64_t vector, int64_t) { function(job, vector); };
+  };
+  if (is_sum) {
+    ParallelFor(pool, plan.tasks, plan.workers, task(engine->sum_products));
+    if (plan.leaves_out_taps) memset(result, 0, result_bytes);
+    ParallelFor(pool, job.vectors, workers, vector(engine->unpack_weights));
+  } else {
+    ParallelFor(pool, job.vectors, workers, vector(engine->pack_weights));
+    ParallelFor(pool, plan.tasks, plan.workers, task(engine->correlate));
+  }
+}
+
+}  // namespace grouped_conv
+
+#endif  // GROUPED_CONV_COMPUTE_H_

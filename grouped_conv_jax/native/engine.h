@@ -1,0 +1,463 @@
+// One task: a tile of the image, packed, and the kernels that run over it.
+#ifndef GROUPED_CONV_ENGINE_H_
+#define GROUPED_CONV_ENGINE_H_
+
+#include "job.h"
+#include "kernels.h"
+#include "packing.h"
+#include "vectors.h"
+
+namespace grouped_conv {
+namespace INSTRUCTION_SET {
+
+// Which results of a phase are in a tile.
+INLINE Span SpanOf(const Axis& axis, const Phase& phase, int64_t tile) {
+  int64_t begin = tile * axis.tile;
+  return {begin, Smaller(begin + axis.tile, phase.count)};
+}
+
+// Whole groups, or a part of one.
+INLINE Span Chunk(const Job& job, int64_t chunk) {
+  int64_t begin = 0, end = job.vectors;
+  if (job.chunk < job.vectors_in_group) {
+    int64_t parts = Blocks(job.vectors_in_group, job.chunk);
+    begin = chunk / parts * job.vectors_in_group;
+    end = begin + job.vectors_in_group;
+    chunk %= parts;
+  }
+  begin += chunk * job.chunk;
+  return {begin, Smaller(begin + job.chunk, end)};
+}
+
+// Each phase with the place of its weights in a vector.
+template <class Visit>
+INLINE void EachPhase(const Job& job, const Visit& visit) {
+  int64_t offset = 0;
+  for (int64_t a = 0; a < job.axes[0].phase_count; a++) {
+    for (int64_t b = 0; b < job.axes[1].phase_count; b++) {
+      const Phase &p = job.axes[0].phases[a], &q = job.axes[1].phases[b];
+      visit(p, q, offset);
+      offset += p.taps * q.taps * job.terms * job.lanes;
+    }
+  }
+}
+
+// How many vectors of one group the kernels take together, and how many pixels then.
+constexpr int kMostVectors = 2;
+constexpr int kMostPixels = kRegisters == 32 ? 14 : 6;
+#define PIXELS_32 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 13, 14
+#define PIXELS_16 1, 2, 3, 4, 5, 6
+using Pixels = std::conditional_t<kRegisters == 32, std::integer_sequence<int, PIXELS_32>,
+                                  std::integer_sequence<int, PIXELS_16>>;
+
+template <class Policy>
+using RowKernel = void (*)(const Row<Policy>&);
+template <class Policy>
+using ProductsKernel = void (*)(const Products<Policy>&);
+
+template <class Policy, bool is_scalar, int vectors, int... pixels>
+RowKernel<Policy> PickRuns(int64_t count, std::integer_sequence<int, pixels...>) {
+  RowKernel<Policy> kernel = nullptr;
+  ((kernel = !kernel && pixels >= count ? RowOfRuns<Policy, is_scalar, pixels, vectors> : kernel),
+   ...);
+  return kernel;
+}
+template <class Policy, int width, int taps, int... pixels>
+RowKernel<Policy> PickRotations(int64_t count, std::integer_sequence<int, pixels...>) {
+  RowKernel<Policy> kernel = nullptr;
+  ((kernel = !kernel && pixels >= count ? RowOfRotations<Policy, width, taps, pixels> : kernel),
+   ...);
+  return kernel;
+}
+template <class Policy, int width>
+RowKernel<Policy> PickRotation(int64_t slide, int64_t count) {
+  if constexpr (width * 2 <= kLanes<Policy>) {
+    if (slide == 3) return PickRotations<Policy, width, 3>(count, Pixels{});
+    if constexpr (width == 1) {
+      if (slide == 5) return PickRotations<Policy, width, 5>(count, Pixels{});
+      if (slide == 7) return PickRotations<Policy, width, 7>(count, Pixels{});
+    }
+    return PickRotations<Policy, width, 0>(count, Pixels{});
+  }
+  return nullptr;
+}
+constexpr bool Slides(int64_t width, int64_t taps) {
+  return taps == 3 || (width == 1 && (taps == 5 || taps == 7));
+}
+template <class Policy>
+RowKernel<Policy> PickRow(const Job& job, int64_t vectors, int64_t slide, int64_t count) {
+  if (job.mode == Mode::kSpread) return PickRuns<Policy, false, 1>(count, Pixels{});
+  if (job.mode == Mode::kBroadcast) {
+    return vectors == 1 ? PickRuns<Policy, true, 1>(count, Pixels{})
+                        : PickRuns<Policy, true, 2>(count, Pixels{});
+  }
+  switch (job.outputs) {
+    case 1: return PickRotation<Policy, 1>(slide, count);
+    case 2: return PickRotation<Policy, 2>(slide, count);
+    case 4: return PickRotation<Policy, 4>(slide, count);
+    default: return PickRotation<Policy, 8>(slide, count);
+  }
+}
+
+// Rows of one image, packed as [rows, columns, sources, unit] for the vectors of a chunk. Each has
+// a place of its own until the window has moved beyond it; where they are is in `lines`, in order.
+template <class Policy>
+class Window {
+ public:
+  using Element = typename Policy::Element;
+
+  // `columns` is a tile; pairs are of features if `pair_step` is 0. Memory is taken from `scratch`.
+  Window(const Job& job, int64_t image, Span vectors, Span columns, int64_t pair_step,
+         char** scratch)
+      : job_(job), pair_step_(pair_step), rows_(job.window_rows()) {
+    const Axis& axis = job.axes[1];
+    first_source_ = job.source_of(vectors.begin);
+    int64_t features = job.groups_in_vector * job.inputs, all = job.groups * job.inputs;
+    sources_ = {first_source_ * features, features,
+                job.source_of(vectors.end - 1) - first_source_ + 1, all};
+    columns_ = {axis.low + columns.begin * axis.step * axis.grain, axis.grain,
+                axis.positions(columns.size()), axis.operand};
+    image_ = static_cast<const typename Policy::Stored*>(job.operand) +
+             image * job.axes[0].operand * axis.operand * all;
+    lines = reinterpret_cast<int64_t*>(*scratch);
+    *scratch += Blocks(rows_ * sizeof(int64_t), kAlignment) * kAlignment;
+    base_ = reinterpret_cast<Element*>(*scratch);
+    *scratch += Blocks(rows_ * row() * sizeof(Element), kAlignment) * kAlignment;
+  }
+
+  int64_t pixel() const { return sources_.count * job_.unit; }
+  int64_t row() const { return columns_.count * pixel(); }
+  const Element* of(int64_t vector) const {
+    return base_ + (job_.source_of(vector) - first_source_) * job_.unit;
+  }
+
+  // Moves to the rows that the results from row number `result` on read.
+  void MoveTo(int64_t result) {
+    int64_t first = result * job_.axes[0].step;
+    for (int64_t i = 0; i < rows_; i++) lines[i] = (first + i) % rows_ * row();
+    for (int64_t i = Larger(first, packed_); i < first + rows_; i++) Pack(i);
+    packed_ = first + rows_;
+  }
+
+  int64_t* lines;
+
+ private:
+  void Pack(int64_t number) {
+    const Axis& axis = job_.axes[0];
+    int64_t position = axis.low + number * axis.grain;
+    bool is_inside = 0 <= position && position < axis.operand;
+    const auto* line =
+        is_inside ? image_ + position * columns_.size * sources_.all_features : nullptr;
+    Element* to = base_ + number % rows_ * row();
+    auto pack = [&](const auto& how) {
+      PackRow<Policy>(line, columns_, sources_, pair_step_, to, job_.unit, pixel(), how);
+    };
+    // As many inputs as a vector holds, of which pairs take half the place.
+    int64_t inputs = pair_step_ ? job_.inputs : job_.inputs / Policy::pair;
+    if (job_.mode == Mode::kBroadcast) {
+      pack(PackScalars<Policy>());
+    } else if (job_.mode == Mode::kSpread) {
+      pack(PackSpread<Policy>(job_.terms, inputs, job_.outputs, false));
+    } else if (inputs == job_.outputs) {
+      pack(PackLanes<Policy>());
+    } else {
+      pack(PackSpread<Policy>(1, inputs, job_.outputs, true));
+    }
+  }
+
+  const Job& job_;
+  int64_t pair_step_, rows_, first_source_;
+  Sources sources_;
+  Positions columns_;
+  const typename Policy::Stored* image_;
+  Element* base_;
+  int64_t packed_ = 0;  // Rows before this one have been.
+};
+
+// Output or gradient of the input: the results of all phases in a tile.
+template <class Policy>
+void Correlate(const Job& job, int64_t number, void* scratch) {
+  using Element = typename Policy::Element;
+  constexpr int64_t lanes = kLanes<Policy>;
+  const Axis &row_axis = job.axes[0], &column_axis = job.axes[1];
+  int64_t tiles = row_axis.tiles * column_axis.tiles;
+  int64_t others = job.batch * tiles;
+  int64_t chunk = job.chunks_first ? number / others : number % job.chunks;
+  int64_t place = job.chunks_first ? number % others : number / job.chunks;
+  int64_t image = place / tiles;
+  int64_t row_tile = place % tiles / column_axis.tiles, column_tile = place % column_axis.tiles;
+  Span vectors = Chunk(job, chunk);
+  int64_t all_outputs = job.groups * job.outputs;
+  auto* result = static_cast<typename Policy::Stored*>(job.result) +
+                 image * row_axis.results * column_axis.results * all_outputs;
+  const auto* weights = static_cast<const Element*>(job.packed);
+  Span all_rows = SpanOf(row_axis, row_axis.phases[0], row_tile);
+  Span all_columns = SpanOf(column_axis, column_axis.phases[0], column_tile);
+  char* memory = static_cast<char*>(scratch);
+  Window<Policy> window(job, image, vectors, all_columns, 0, &memory);
+
+  for (int64_t j = all_rows.begin; j < all_rows.end; j++) {
+    window.MoveTo(j);
+    EachPhase(job, [&](const Phase& p, const Phase& q, int64_t offset) {
+      Span columns = SpanOf(column_axis, q, column_tile);
+      if (j >= p.count || columns.size() <= 0) return;
+      Row<Policy> row;
+      // Rows of zeros need no multiplications.
+      Span taps = Inside(row_axis.low + (p.first + j * p.step) * row_axis.grain,
+                         p.gap * row_axis.grain, q.taps ? p.taps : 0, row_axis.operand);
+      row.lines = window.lines + p.first + taps.begin * p.gap;
+      row.line_gap = p.gap;
+      row.rows = taps.size();
+      row.columns = q.taps;
+      row.run = job.terms;
+      row.column_gap = q.gap * window.pixel();
+      row.step = q.step * window.pixel();
+      row.weights_row = q.taps * job.terms * lanes;
+      row.weights_column = job.terms * lanes;
+      row.weights_vector = job.vector_size();
+      row.result_step = q.period * all_outputs;
+      if (job.mode != Mode::kRotate && row.column_gap == job.unit) {
+        row.run *= row.columns;  // Neighbours: one run.
+        row.columns = 1;
+      }
+      bool slides = q.step == 1 && q.gap == 1;
+      int64_t slide = slides && Slides(job.outputs, q.taps) ? q.taps : 0;
+      int64_t size = Blocks(columns.size(), Blocks(columns.size(), kMostPixels));
+      auto* line = result + (p.residue + j * p.period) * column_axis.results * all_outputs;
+      // Pixels outside, features inside: that is the order in memory.
+      for (int64_t c = 0; c < columns.size(); c += size) {
+        row.count = static_cast<int32_t>(Smaller(size, columns.size() - c));
+        auto* pixel = line + (q.residue + (columns.begin + c) * q.period) * all_outputs;
+        for (int64_t v = vectors.begin, together; v < vectors.end; v += together) {
+          together = Smaller(Smaller(kMostVectors, vectors.end - v),
+                             job.vectors_in_group - v % job.vectors_in_group);
+          row.weights = weights + v * job.vector_size() + offset + taps.begin * row.weights_row;
+          row.lanes = static_cast<int32_t>(job.valid_lanes(v + together - 1));
+          row.operand = window.of(v) + q.first * window.pixel() + c * row.step;
+          row.result = pixel + job.first_output(v);
+          PickRow<Policy>(job, together, slide, row.count)(row);
+        }
+      }
+    });
+  }
+}
+
+template <class Policy, bool is_scalar, int tap_rows, int vectors, int... inputs>
+ProductsKernel<Policy> PickSums(int64_t count, std::integer_sequence<int, inputs...>) {
+  ProductsKernel<Policy> kernel = nullptr;
+  ((kernel = count == inputs + 1
+                 ? SumRuns<Policy, is_scalar, tap_rows, inputs + 1, vectors>
+                 : kernel),
+   ...);
+  return kernel;
+}
+template <int most>
+using UpTo = std::make_integer_sequence<int, most>;
+
+constexpr int kMostSums = kRegisters == 32 ? 28 : 12;
+constexpr int kMostInputs = kMostSums / 2;
+constexpr int kTapRows = 3, kInputsOfRows = kMostSums / 2 / kTapRows;
+
+template <class Policy, bool is_scalar>
+ProductsKernel<Policy> PickSums(int64_t tap_rows, int64_t vectors, int64_t inputs) {
+  if (tap_rows == kTapRows) {
+    return vectors == 1
+               ? PickSums<Policy, is_scalar, kTapRows, 1>(inputs, UpTo<kInputsOfRows>{})
+               : PickSums<Policy, is_scalar, kTapRows, 2>(inputs, UpTo<kInputsOfRows>{});
+  }
+  return vectors == 1 ? PickSums<Policy, is_scalar, 1, 1>(inputs, UpTo<kMostInputs>{})
+                      : PickSums<Policy, is_scalar, 1, 2>(inputs, UpTo<kMostInputs>{});
+}
+
+template <class Policy, int width>
+ProductsKernel<Policy> PickTurnedSums(int64_t taps) {
+  if constexpr (width * 2 <= kLanes<Policy>) {
+    if (taps == 3 && width * 4 <= kRegisters) return SumRotations<Policy, width, 3>;
+    return SumRotations<Policy, width, 1>;
+  }
+  return nullptr;
+}
+
+template <class Policy>
+ProductsKernel<Policy> PickProducts(const Job& job, int64_t tap_rows, int64_t taps,
+                                    int64_t inputs, int64_t vectors) {
+  if (job.mode == Mode::kBroadcast) return PickSums<Policy, true>(tap_rows, vectors, inputs);
+  if (job.mode == Mode::kSpread || job.outputs == 1) {
+    return PickSums<Policy, false>(tap_rows, vectors, inputs);
+  }
+  switch (job.outputs) {
+    case 2: return PickTurnedSums<Policy, 2>(taps);
+    case 4: return PickTurnedSums<Policy, 4>(taps);
+    default: return PickTurnedSums<Policy, 8>(taps);
+  }
+}
+
+// The output's gradient in some rows, packed as [rows, columns, vectors, lanes].
+template <class Policy>
+class Gradient {
+ public:
+  using Element = typename Policy::Element;
+
+  Gradient(const Job& job, int64_t image, Span vectors, char* scratch)
+      : job_(job), vectors_(vectors), base_(reinterpret_cast<Element*>(scratch)) {
+    all_ = job.groups * job.outputs;
+    image_ = static_cast<const typename Policy::Stored*>(job.other) +
+             image * job.axes[0].results * job.axes[1].results * all_;
+  }
+
+  void Pack(const Phase& p, const Phase& q, Span rows, Span columns) {
+    constexpr int64_t lanes = kLanes<Policy>, pair = Policy::pair;
+    const Axis& axis = job_.axes[1];
+    rows_ = rows.size();
+    this->columns = Blocks(columns.size(), pair);
+    Positions positions{q.residue + columns.begin * q.period, q.period * pair, this->columns,
+                        axis.results};
+    for (int64_t r = 0; r < rows_; r++) {
+      const auto* line =
+          image_ + (p.residue + (rows.begin + r) * p.period) * axis.results * all_;
+      Element* to = base_ + r * row();
+      // The vectors of a group that does not fill its last one overlap if they are seen as evenly
+      // spaced.
+      bool are_even = job_.outputs % lanes == 0 || job_.mode != Mode::kBroadcast;
+      int64_t step = are_even ? vectors_.size() : 1;
+      for (int64_t v = vectors_.begin; v < vectors_.end; v += step) {
+        int64_t first = job_.first_output(v);
+        int64_t width = are_even && job_.mode == Mode::kBroadcast
+                            ? lanes
+                            : job_.groups_in_vector * job_.outputs;
+        Sources sources{first, width, step, all_};
+        if (!are_even) sources.features = job_.valid_lanes(v);
+        PackRow<Policy>(line, positions, sources, pair == 2 ? q.period : 0,
+                        to + (v - vectors_.begin) * lanes, lanes, pixel(), PackLanes<Policy>());
+      }
+    }
+  }
+
+  int64_t pixel() const { return vectors_.size() * kLanes<Policy>; }
+  int64_t row() const { return columns * pixel(); }
+  const Element* of(int64_t vector) const {
+    return base_ + (vector - vectors_.begin) * kLanes<Policy>;
+  }
+
+  int64_t columns;
+
+ private:
+  const Job& job_;
+  Span vectors_;
+  Element* base_;
+  int64_t all_, rows_;
+  const typename Policy::Stored* image_;
+};
+
+// Gradient of the kernel: the sums of one slice of the tiles, for the vectors of a chunk.
+template <class Policy>
+void SumProducts(const Job& job, int64_t number, void* scratch) {
+  using Number = std::remove_reference_t<decltype(typename Policy::Sum{}[0])>;
+  constexpr int64_t lanes = kLanes<Policy>, pair = Policy::pair;
+  const Axis &row_axis = job.axes[0], &column_axis = job.axes[1];
+  int64_t tiles = row_axis.tiles * column_axis.tiles, all = job.batch * tiles;
+  int64_t slice = number / job.chunks;
+  Span vectors = Chunk(job, number % job.chunks);
+  Number* sums = static_cast<Number*>(job.packed) + slice * job.vectors * job.vector_size();
+  memset(sums + vectors.begin * job.vector_size(), 0,
+         vectors.size() * job.vector_size() * sizeof(Number));
+  bool turns = job.mode == Mode::kRotate && job.outputs > 1;
+  bool is_scalar = job.mode == Mode::kBroadcast;
+
+  Products<Policy> products;
+  // The sums of all taps of a phase, for the results of `rows`, a window.
+  auto sum = [&](const Phase& p, const Phase& q, int64_t offset, Span rows,
+                 const Window<Policy>& window, const Gradient<Policy>& gradient) {
+    products.columns = gradient.columns;
+    products.line_step = p.step;
+    products.line_gap = p.gap;
+    products.column_step = pair * q.step * window.pixel();
+    products.column_gap = q.gap * window.pixel();
+    products.other_row = gradient.row();
+    products.other_column = gradient.pixel();
+    products.sums_column = job.terms * lanes;
+    products.sums_row = q.taps * products.sums_column;
+    products.sums_vector = job.vector_size();
+    // Inputs, or neighbouring taps as well, one after the other.
+    bool neighbours = !turns && (job.terms == 1 || products.column_gap == job.unit);
+    products.input_step = neighbours && job.terms == 1 ? products.column_gap
+                          : is_scalar                  ? 1
+                                                       : lanes;
+    int64_t run = neighbours ? q.taps * job.terms : job.terms;
+    int64_t columns_apart = neighbours ? 1 : q.taps;
+    for (int64_t v = vectors.begin, together; v < vectors.end; v += together) {
+      together = Smaller(Smaller(kMostVectors, vectors.end - v),
+                         job.vectors_in_group - v % job.vectors_in_group);
+      for (int64_t i = 0, tap_rows; i < p.taps; i += tap_rows) {
+        tap_rows = !turns && run <= kInputsOfRows && p.taps - i >= kTapRows ? kTapRows : 1;
+        // Rows of zeros need no sums, if one tap can do without them.
+        Span inside{0, rows.size()};
+        if (tap_rows == 1) {
+          int64_t first = p.first + i * p.gap + rows.begin * p.step;
+          inside = Inside(row_axis.low + first * row_axis.grain, p.step * row_axis.grain,
+                          rows.size(), row_axis.operand);
+        }
+        if (inside.size() == 0) continue;
+        products.rows = inside.size();
+        products.lines = window.lines + p.first + i * p.gap + inside.begin * p.step;
+        products.other = gradient.of(v) + inside.begin * gradient.row();
+        for (int64_t j = 0, taps; j < columns_apart; j += taps) {
+          taps = turns && columns_apart - j >= 3 && job.outputs * 4 <= kRegisters ? 3 : 1;
+          for (int64_t k = 0, inputs; k < run; k += inputs) {
+            int64_t left = run - k;
+            inputs = turns ? left : Blocks(left, Blocks(left, kMostInputs));
+            products.operand = window.of(v) + q.first * window.pixel() +
+                               j * products.column_gap + k * products.input_step;
+            products.sums = sums + v * job.vector_size() + offset + i * products.sums_row +
+                            j * products.sums_column + k * lanes;
+            PickProducts<Policy>(job, tap_rows, taps, inputs, together)(products);
+          }
+        }
+      }
+    }
+  };
+
+  for (int64_t place = slice * all / job.slices; place < (slice + 1) * all / job.slices; place++) {
+    int64_t image = place / tiles;
+    int64_t row_tile = place % tiles / column_axis.tiles, column_tile = place % column_axis.tiles;
+    Span all_rows = SpanOf(row_axis, row_axis.phases[0], row_tile);
+    Span all_columns = SpanOf(column_axis, column_axis.phases[0], column_tile);
+    char* memory = static_cast<char*>(scratch);
+    int64_t pair_step = pair == 2 ? column_axis.step * column_axis.grain : 0;
+    Window<Policy> window(job, image, vectors, all_columns, pair_step, &memory);
+    Gradient<Policy> gradient(job, image, vectors, memory);
+    for (int64_t j = all_rows.begin; j < all_rows.end; j += job.rows_at_once) {
+      window.MoveTo(j);
+      EachPhase(job, [&](const Phase& p, const Phase& q, int64_t offset) {
+        Span rows{j, Smaller(Smaller(j + job.rows_at_once, all_rows.end), p.count)};
+        Span columns = SpanOf(column_axis, q, column_tile);
+        if (rows.size() <= 0 || columns.size() <= 0 || p.taps * q.taps == 0) return;
+        gradient.Pack(p, q, rows, columns);
+        sum(p, q, offset, rows, window, gradient);
+      });
+    }
+  }
+}
+
+template <class Policy>
+constexpr Engine MakeEngine(const char* name) {
+  constexpr int64_t lanes = kLanes<Policy>;
+  Engine engine{};
+  engine.name = name;
+  engine.lanes = lanes;
+  engine.element_bytes = sizeof(typename Policy::Element);
+  engine.pair = Policy::pair;
+  engine.largest_rotation = lanes / 2 < 8 ? lanes / 2 : 8;
+  engine.pixels_at_once = kMostPixels;
+  engine.vectors_at_once = kMostVectors;
+  engine.pack_weights = PackWeights<Policy>;
+  engine.correlate = Correlate<Policy>;
+  engine.sum_products = SumProducts<Policy>;
+  engine.unpack_weights = UnpackWeights<Policy>;
+  return engine;
+}
+
+}  // namespace INSTRUCTION_SET
+}  // namespace grouped_conv
+
+#endif  // GROUPED_CONV_ENGINE_H_

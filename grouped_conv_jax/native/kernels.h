@@ -1,0 +1,244 @@
+// The inner loops: one row of results, or the sums of products of one tile.
+//
+// Everything that is summed stays in registers. A row of results takes `pixels` x `vectors` of
+// them, and each vector of weights is used for all pixels:
+//
+//                    outputs 0..15   16..31
+//     pixel 0        sum             sum         += input of pixel 0 x weights
+//     pixel 1        sum             sum         += input of pixel 1 x weights
+//     ...                                           (up to 14 pixels with 32 registers)
+//
+// The kernel's gradient holds (taps x inputs) x vectors, and each vector of the output's gradient
+// is used for all of those.
+#ifndef GROUPED_CONV_KERNELS_H_
+#define GROUPED_CONV_KERNELS_H_
+
+#include "job.h"
+#include "vectors.h"
+
+namespace grouped_conv {
+namespace INSTRUCTION_SET {
+
+// Results of a row: `count` pixels, at most as many as the kernel computes.
+template <class Policy>
+struct Row {
+  const typename Policy::Element *operand, *weights;
+  const int64_t* lines;    // Of the operand, where each of its rows is, for the rows of taps.
+  int64_t line_gap;        // From one row of taps to the next.
+  int64_t rows, columns;   // Taps.
+  int64_t run;             // Inputs, one after the other in a pixel, that are multiplied.
+  int64_t column_gap, step;  // In elements of the operand; step from result to result.
+  int64_t weights_row, weights_column, weights_vector;  // In elements.
+  typename Policy::Stored* result;
+  int64_t result_step;
+  int32_t count, lanes;  // Of the last vector.
+};
+
+template <class Policy, int pixels, int vectors>
+INLINE void StoreRow(const Row<Policy>& row, typename Policy::Sum (&sums)[pixels][vectors]) {
+  constexpr int lanes = kLanes<Policy>;
+  UNROLL for (int p = 0; p < pixels; p++) {
+    if (p < row.count) {
+      UNROLL for (int v = 0; v < vectors; v++) {
+        StoreSums<Policy>(row.result + p * row.result_step + v * lanes, sums[p][v],
+                          v == vectors - 1 ? row.lanes : lanes);
+      }
+    }
+  }
+}
+
+// An input is one element for all lanes (kBroadcast), or a vector (kSpread).
+template <class Policy, bool is_scalar>
+struct Input {
+  static constexpr int size = is_scalar ? 1 : kLanes<Policy>;
+  static INLINE Vector<typename Policy::Element> Read(const typename Policy::Element* from) {
+    using V = Vector<typename Policy::Element>;
+    if constexpr (is_scalar) {
+      return Broadcast<V>(*from);
+    } else {
+      return Load<V>(from);
+    }
+  }
+};
+
+template <class Policy, bool is_scalar, int pixels, int vectors>
+void RowOfRuns(const Row<Policy>& row) {
+  using V = Vector<typename Policy::Element>;
+  using In = Input<Policy, is_scalar>;
+  typename Policy::Sum sums[pixels][vectors];
+  UNROLL for (int p = 0; p < pixels; p++) {
+    UNROLL for (int v = 0; v < vectors; v++) sums[p][v] = typename Policy::Sum{};
+  }
+  for (int64_t i = 0; i < row.rows; i++) {
+    for (int64_t j = 0; j < row.columns; j++) {
+      const auto* operand = row.operand + row.lines[i * row.line_gap] + j * row.column_gap;
+      const auto* weights = row.weights + i * row.weights_row + j * row.weights_column;
+      for (int64_t k = 0; k < row.run; k++, operand += In::size, weights += kLanes<Policy>) {
+        V w[vectors];
+        UNROLL for (int v = 0; v < vectors; v++) w[v] = Load<V>(weights + v * row.weights_vector);
+        UNROLL for (int p = 0; p < pixels; p++) {
+          V x = In::Read(operand + p * row.step);
+          UNROLL for (int v = 0; v < vectors; v++) Policy::MultiplyAdd(sums[p][v], x, w[v]);
+        }
+      }
+    }
+  }
+  StoreRow<Policy>(row, sums);
+}
+
+// Groups of `width` lanes, turned by `turn`; all pixels for one input.
+template <class Policy, int width, int turn, int pixels>
+INLINE void AddTurned(typename Policy::Sum (&sums)[pixels][1],
+                      const typename Policy::Element* operand, int64_t step,
+                      const typename Policy::Element* weights) {
+  using V = Vector<typename Policy::Element>;
+  V w = Load<V>(weights + turn * kLanes<Policy>);
+  UNROLL for (int p = 0; p < pixels; p++) {
+    V x = Rotated<width, turn>(Load<V>(operand + p * step));
+    Policy::MultiplyAdd(sums[p][0], x, w);
+  }
+}
+
+// The same for `taps` neighbours: each pixel of the operand is read and turned once for all of the
+// results that see it.
+template <class Policy, int width, int turn, int pixels, int taps>
+INLINE void SlideTurned(typename Policy::Sum (&sums)[pixels][1],
+                        const typename Policy::Element* operand, int64_t step,
+                        const typename Policy::Element* weights, int64_t weights_column) {
+  using V = Vector<typename Policy::Element>;
+  constexpr int lanes = kLanes<Policy>;
+  V w[taps];
+  UNROLL for (int t = 0; t < taps; t++) {
+    w[t] = Load<V>(weights + t * weights_column + turn * lanes);
+  }
+  UNROLL for (int i = 0; i < pixels + taps - 1; i++) {
+    V x = Rotated<width, turn>(Load<V>(operand + i * step));
+    UNROLL for (int t = 0; t < taps; t++) {
+      if (0 <= i - t && i - t < pixels) Policy::MultiplyAdd(sums[i - t][0], x, w[t]);
+    }
+  }
+}
+
+// kRotate; `taps` is how many neighbouring columns slide together, 0 for any columns.
+template <class Policy, int width, int taps, int pixels, int... turn>
+INLINE void RowOfTurns(const Row<Policy>& row, std::integer_sequence<int, turn...>) {
+  typename Policy::Sum sums[pixels][1];
+  UNROLL for (int p = 0; p < pixels; p++) sums[p][0] = typename Policy::Sum{};
+  for (int64_t i = 0; i < row.rows; i++) {
+    const auto* operand = row.operand + row.lines[i * row.line_gap];
+    const auto* weights = row.weights + i * row.weights_row;
+    if constexpr (taps > 0) {
+      (SlideTurned<Policy, width, turn, pixels, taps>(sums, operand, row.step, weights,
+                                                      row.weights_column),
+       ...);
+    } else {
+      for (int64_t j = 0; j < row.columns; j++) {
+        (AddTurned<Policy, width, turn, pixels>(sums, operand + j * row.column_gap, row.step,
+                                                weights + j * row.weights_column),
+         ...);
+      }
+    }
+  }
+  StoreRow<Policy>(row, sums);
+}
+template <class Policy, int width, int taps, int pixels>
+void RowOfRotations(const Row<Policy>& row) {
+  constexpr int turns = width / (width > 1 ? Policy::pair : 1);
+  RowOfTurns<Policy, width, taps, pixels>(row, std::make_integer_sequence<int, turns>{});
+}
+
+// Sums of products over a tile, added to those in memory.
+template <class Policy>
+struct Products {
+  const typename Policy::Element *operand, *other;
+  int64_t rows, columns;              // Pixels of `other`.
+  const int64_t* lines;               // Of the operand, where each of its rows is.
+  int64_t line_step, line_gap;        // From row to row of `other`, and from tap to tap.
+  int64_t column_step, column_gap;    // The same of columns, in elements of the operand.
+  int64_t input_step;                 // From input to input of a run.
+  int64_t other_row, other_column;    // In elements; neighbouring vectors follow each other.
+  std::remove_reference_t<decltype(typename Policy::Sum{}[0])>* sums;
+  int64_t sums_row, sums_column, sums_vector;
+};
+
+// Taps in `tap_rows` rows of a run of `inputs` each.
+template <class Policy, bool is_scalar, int tap_rows, int inputs, int vectors>
+void SumRuns(const Products<Policy>& p) {
+  using V = Vector<typename Policy::Element>;
+  using In = Input<Policy, is_scalar>;
+  using Sum = typename Policy::Sum;
+  constexpr int lanes = kLanes<Policy>;
+  Sum sums[tap_rows][inputs][vectors];
+  auto each = [&](auto function) INLINE_LAMBDA {
+    UNROLL for (int t = 0; t < tap_rows; t++) {
+      UNROLL for (int i = 0; i < inputs; i++) {
+        UNROLL for (int v = 0; v < vectors; v++) {
+          function(sums[t][i][v], p.sums + t * p.sums_row + i * lanes + v * p.sums_vector);
+        }
+      }
+    }
+  };
+  each([](Sum& sum, auto* at) INLINE_LAMBDA { sum = Load<Sum>(at); });
+  for (int64_t r = 0; r < p.rows; r++) {
+    const int64_t* lines = p.lines + r * p.line_step;
+    const typename Policy::Element* operands[tap_rows];
+    UNROLL for (int t = 0; t < tap_rows; t++) operands[t] = p.operand + lines[t * p.line_gap];
+    const auto* other = p.other + r * p.other_row;
+    for (int64_t c = 0; c < p.columns; c++, other += p.other_column) {
+      V y[vectors];
+      UNROLL for (int v = 0; v < vectors; v++) y[v] = Load<V>(other + v * lanes);
+      UNROLL for (int t = 0; t < tap_rows; t++) {
+        UNROLL for (int i = 0; i < inputs; i++) {
+          V x = In::Read(operands[t] + c * p.column_step + i * p.input_step);
+          UNROLL for (int v = 0; v < vectors; v++) Policy::MultiplyAdd(sums[t][i][v], x, y[v]);
+        }
+      }
+    }
+  }
+  each([](Sum& sum, auto* at) INLINE_LAMBDA { Store(at, sum); });
+}
+
+// kRotate: the output's gradient turns, and serves `taps` columns.
+template <class Policy, int width, int turn, int taps>
+INLINE void SumTurned(typename Policy::Sum (&sums)[taps][width],
+                      Vector<typename Policy::Element> (&x)[taps],
+                      Vector<typename Policy::Element> y) {
+  y = Rotated<width, turn>(y);
+  UNROLL for (int t = 0; t < taps; t++) Policy::MultiplyAdd(sums[t][turn], x[t], y);
+}
+template <class Policy, int width, int taps, int... turn>
+INLINE void SumTurns(const Products<Policy>& p, std::integer_sequence<int, turn...>) {
+  using V = Vector<typename Policy::Element>;
+  using Sum = typename Policy::Sum;
+  constexpr int lanes = kLanes<Policy>;
+  Sum sums[taps][width];
+  UNROLL for (int t = 0; t < taps; t++) {
+    UNROLL for (int i = 0; i < width; i++) {
+      sums[t][i] = Load<Sum>(p.sums + t * p.sums_column + i * lanes);
+    }
+  }
+  for (int64_t r = 0; r < p.rows; r++) {
+    const auto* operand = p.operand + p.lines[r * p.line_step];
+    const auto* other = p.other + r * p.other_row;
+    for (int64_t c = 0; c < p.columns; c++, operand += p.column_step, other += p.other_column) {
+      V x[taps];
+      UNROLL for (int t = 0; t < taps; t++) x[t] = Load<V>(operand + t * p.column_gap);
+      V y = Load<V>(other);
+      (SumTurned<Policy, width, turn, taps>(sums, x, y), ...);
+    }
+  }
+  UNROLL for (int t = 0; t < taps; t++) {
+    UNROLL for (int i = 0; i < width; i++) {
+      Store(p.sums + t * p.sums_column + i * lanes, sums[t][i]);
+    }
+  }
+}
+template <class Policy, int width, int taps>
+void SumRotations(const Products<Policy>& p) {
+  SumTurns<Policy, width, taps>(p, std::make_integer_sequence<int, width>{});
+}
+
+}  // namespace INSTRUCTION_SET
+}  // namespace grouped_conv
+
+#endif  // GROUPED_CONV_KERNELS_H_

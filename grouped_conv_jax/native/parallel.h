@@ -1,0 +1,51 @@
+// A loop shared with the threads of XLA's pool, none of which ever waits for another one to start.
+#ifndef GROUPED_CONV_PARALLEL_H_
+#define GROUPED_CONV_PARALLEL_H_
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <thread>
+
+namespace grouped_conv {
+
+// Calls body(task, worker) for each task, by the calling thread (worker 0) and by those threads of
+// the pool that have time. All tasks may be done by the caller alone; a thread that comes too late
+// finds nothing to do, and touches nothing but the counters, which live as long as it needs them.
+// The caller waits only for tasks that are running.
+template <class Pool, class Body>
+void ParallelFor(Pool& pool, int64_t tasks, int64_t workers, const Body& body) {
+  struct Counters {
+    std::atomic<int64_t> next{0}, done{0};
+    std::mutex mutex;
+    std::condition_variable all_done;
+  };
+  if (workers <= 1) {
+    for (int64_t task = 0; task < tasks; task++) body(task, 0);
+    return;
+  }
+  auto counters = std::make_shared<Counters>();
+  auto work = [counters, tasks, &body](int64_t worker) {
+    int64_t mine = 0;
+    for (int64_t task; (task = counters->next.fetch_add(1)) < tasks; mine++) body(task, worker);
+    if (mine > 0 && counters->done.fetch_add(mine) + mine == tasks) {
+      std::lock_guard<std::mutex> lock(counters->mutex);
+      counters->all_done.notify_one();
+    }
+  };
+  for (int64_t worker = 1; worker < workers; worker++) {
+    pool.Schedule([work, worker] { work(worker); });
+  }
+  work(0);
+  for (int spins = 0; spins < 1000 && counters->done.load() < tasks; spins++) {
+    std::this_thread::yield();
+  }
+  std::unique_lock<std::mutex> lock(counters->mutex);
+  counters->all_done.wait(lock, [&] { return counters->done.load() == tasks; });
+}
+
+}  // namespace grouped_conv
+
+#endif  // GROUPED_CONV_PARALLEL_H_
