@@ -109,8 +109,8 @@ std::string Check(const Request& r) {
   }
   for (const Dimension& d : r.dimensions) {
     if (!within(d.operand, 1) || !within(d.results, 1) || !within(d.taps, 1) ||
-        !within(d.stride, 1) || !within(d.gaps, 1) || !within(std::abs(d.dilation), 1) ||
-        !within(std::abs(d.low), 0)) {
+        !within(d.stride, 1) || !within(d.gaps, 1) || !within(d.dilation, 1 - kLargest) ||
+        d.dilation == 0 || !within(d.low, 1 - kLargest)) {
       return "spatial sizes, strides, dilations and padding must be from 1 to 2^30";
     }
   }
