@@ -42,13 +42,22 @@ INLINE void EachPhase(const Job& job, const Visit& visit) {
   }
 }
 
-// How many vectors of one group the kernels take together, and how many pixels then.
-constexpr int kMostVectors = 2;
-constexpr int kMostPixels = kRegisters == 32 ? 14 : 6;
-#define PIXELS_32 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 13, 14
-#define PIXELS_16 1, 2, 3, 4, 5, 6
-using Pixels = std::conditional_t<kRegisters == 32, std::integer_sequence<int, PIXELS_32>,
-                                  std::integer_sequence<int, PIXELS_16>>;
+// How many vectors of one group the kernels take together, and how many sums or pixels then: what
+// the registers hold beside some weights and inputs.
+constexpr int kMostVectors = kRegisters == 32 ? 3 : 2;
+constexpr int kMostSums = kRegisters == 32 ? 28 : 12;
+constexpr int MostPixels(int64_t vectors) {
+  return vectors == 1 ? kMostSums / 2 : kMostSums / static_cast<int>(vectors);
+}
+template <int most>
+using UpTo = std::make_integer_sequence<int, most>;
+
+// The vectors from `v` on that are computed together: equal parts of a group.
+INLINE int64_t Together(const Job& job, Span vectors, int64_t v) {
+  int64_t in_group = job.vectors_in_group - v % job.vectors_in_group;
+  int64_t left = Smaller(vectors.end - v, in_group);
+  return Blocks(left, Blocks(left, kMostVectors));
+}
 
 template <class Policy>
 using RowKernel = void (*)(const Row<Policy>&);
@@ -58,19 +67,20 @@ using ProductsKernel = void (*)(const Products<Policy>&);
 template <class Policy, bool is_scalar, int vectors, int... pixels>
 RowKernel<Policy> PickRuns(int64_t count, std::integer_sequence<int, pixels...>) {
   RowKernel<Policy> kernel = nullptr;
-  ((kernel = !kernel && pixels >= count ? RowOfRuns<Policy, is_scalar, pixels, vectors> : kernel),
+  ((kernel = count == pixels + 1 ? RowOfRuns<Policy, is_scalar, pixels + 1, vectors> : kernel),
    ...);
   return kernel;
 }
 template <class Policy, int width, int taps, int... pixels>
 RowKernel<Policy> PickRotations(int64_t count, std::integer_sequence<int, pixels...>) {
   RowKernel<Policy> kernel = nullptr;
-  ((kernel = !kernel && pixels >= count ? RowOfRotations<Policy, width, taps, pixels> : kernel),
+  ((kernel = count == pixels + 1 ? RowOfRotations<Policy, width, taps, pixels + 1> : kernel),
    ...);
   return kernel;
 }
 template <class Policy, int width>
 RowKernel<Policy> PickRotation(int64_t slide, int64_t count) {
+  using Pixels = UpTo<MostPixels(1)>;
   if constexpr (width * 2 <= kLanes<Policy>) {
     if (slide == 3) return PickRotations<Policy, width, 3>(count, Pixels{});
     if constexpr (width == 1) {
@@ -86,10 +96,15 @@ constexpr bool Slides(int64_t width, int64_t taps) {
 }
 template <class Policy>
 RowKernel<Policy> PickRow(const Job& job, int64_t vectors, int64_t slide, int64_t count) {
-  if (job.mode == Mode::kSpread) return PickRuns<Policy, false, 1>(count, Pixels{});
+  if (job.mode == Mode::kSpread) {
+    return PickRuns<Policy, false, 1>(count, UpTo<MostPixels(1)>{});
+  }
   if (job.mode == Mode::kBroadcast) {
-    return vectors == 1 ? PickRuns<Policy, true, 1>(count, Pixels{})
-                        : PickRuns<Policy, true, 2>(count, Pixels{});
+    if (vectors == 1) return PickRuns<Policy, true, 1>(count, UpTo<MostPixels(1)>{});
+    if (vectors == 2) return PickRuns<Policy, true, 2>(count, UpTo<MostPixels(2)>{});
+    if constexpr (kMostVectors == 3) {
+      return PickRuns<Policy, true, 3>(count, UpTo<MostPixels(3)>{});
+    }
   }
   switch (job.outputs) {
     case 1: return PickRotation<Policy, 1>(slide, count);
@@ -125,7 +140,7 @@ class Window {
     *scratch += Blocks(rows_ * row() * sizeof(Element), kAlignment) * kAlignment;
   }
 
-  int64_t pixel() const { return sources_.count * job_.unit; }
+  int64_t pixel() const { return job_.pixel_size(sources_.count, sizeof(Element)); }
   int64_t row() const { return columns_.count * pixel(); }
   const Element* of(int64_t vector) const {
     return base_ + (job_.source_of(vector) - first_source_) * job_.unit;
@@ -222,20 +237,31 @@ void Correlate(const Job& job, int64_t number, void* scratch) {
       }
       bool slides = q.step == 1 && q.gap == 1;
       int64_t slide = slides && Slides(job.outputs, q.taps) ? q.taps : 0;
-      int64_t size = Blocks(columns.size(), Blocks(columns.size(), kMostPixels));
       auto* line = result + (p.residue + j * p.period) * column_axis.results * all_outputs;
-      // Pixels outside, features inside: that is the order in memory.
-      for (int64_t c = 0; c < columns.size(); c += size) {
-        row.count = static_cast<int32_t>(Smaller(size, columns.size() - c));
-        auto* pixel = line + (q.residue + (columns.begin + c) * q.period) * all_outputs;
+      auto compute = [&](int64_t v, int64_t together, int64_t c, int64_t count) {
+        row.weights = weights + v * job.vector_size() + offset + taps.begin * row.weights_row;
+        row.lanes = static_cast<int32_t>(job.valid_lanes(v + together - 1));
+        row.operand = window.of(v) + q.first * window.pixel() + c * row.step;
+        row.result = line + (q.residue + (columns.begin + c) * q.period) * all_outputs +
+                     job.first_output(v);
+        PickRow<Policy>(job, together, slide, count)(row);
+      };
+      if (job.mode == Mode::kBroadcast) {
+        // The weights are more than the pixels: each is used for the whole row.
         for (int64_t v = vectors.begin, together; v < vectors.end; v += together) {
-          together = Smaller(Smaller(kMostVectors, vectors.end - v),
-                             job.vectors_in_group - v % job.vectors_in_group);
-          row.weights = weights + v * job.vector_size() + offset + taps.begin * row.weights_row;
-          row.lanes = static_cast<int32_t>(job.valid_lanes(v + together - 1));
-          row.operand = window.of(v) + q.first * window.pixel() + c * row.step;
-          row.result = pixel + job.first_output(v);
-          PickRow<Policy>(job, together, slide, row.count)(row);
+          together = Together(job, vectors, v);
+          for (int64_t c = 0, size; c < columns.size(); c += size) {
+            int64_t left = columns.size() - c;
+            size = Blocks(left, Blocks(left, MostPixels(together)));
+            compute(v, together, c, size);
+          }
+        }
+      } else {
+        // Pixels outside, features inside: that is the order in memory.
+        for (int64_t c = 0, size; c < columns.size(); c += size) {
+          int64_t left = columns.size() - c;
+          size = Blocks(left, Blocks(left, MostPixels(1)));
+          for (int64_t v = vectors.begin; v < vectors.end; v++) compute(v, 1, c, size);
         }
       }
     });
@@ -251,22 +277,25 @@ ProductsKernel<Policy> PickSums(int64_t count, std::integer_sequence<int, inputs
    ...);
   return kernel;
 }
-template <int most>
-using UpTo = std::make_integer_sequence<int, most>;
-
-constexpr int kMostSums = kRegisters == 32 ? 28 : 12;
-constexpr int kMostInputs = kMostSums / 2;
+constexpr int MostInputs(int64_t vectors) {
+  // Of one vector, as many as a full vector of inputs has.
+  return vectors == 1 ? (kRegisters == 32 ? 16 : 12) : kMostSums / static_cast<int>(vectors);
+}
 constexpr int kTapRows = 3, kInputsOfRows = kMostSums / 2 / kTapRows;
 
 template <class Policy, bool is_scalar>
 ProductsKernel<Policy> PickSums(int64_t tap_rows, int64_t vectors, int64_t inputs) {
   if (tap_rows == kTapRows) {
-    return vectors == 1
-               ? PickSums<Policy, is_scalar, kTapRows, 1>(inputs, UpTo<kInputsOfRows>{})
-               : PickSums<Policy, is_scalar, kTapRows, 2>(inputs, UpTo<kInputsOfRows>{});
+    return PickSums<Policy, is_scalar, kTapRows, 1>(inputs, UpTo<kInputsOfRows>{});
   }
-  return vectors == 1 ? PickSums<Policy, is_scalar, 1, 1>(inputs, UpTo<kMostInputs>{})
-                      : PickSums<Policy, is_scalar, 1, 2>(inputs, UpTo<kMostInputs>{});
+  if (vectors == 1) return PickSums<Policy, is_scalar, 1, 1>(inputs, UpTo<MostInputs(1)>{});
+  if constexpr (is_scalar) {
+    if (vectors == 2) return PickSums<Policy, true, 1, 2>(inputs, UpTo<MostInputs(2)>{});
+    if constexpr (kMostVectors == 3) {
+      return PickSums<Policy, true, 1, 3>(inputs, UpTo<MostInputs(3)>{});
+    }
+  }
+  return nullptr;
 }
 
 template <class Policy, int width>
@@ -364,7 +393,8 @@ void SumProducts(const Job& job, int64_t number, void* scratch) {
   bool turns = job.mode == Mode::kRotate && job.outputs > 1;
   bool is_scalar = job.mode == Mode::kBroadcast;
 
-  Products<Policy> products;
+  using Kernels = typename Policy::Kernels;
+  Products<Kernels> products;
   // The sums of all taps of a phase, for the results of `rows`, a window.
   auto sum = [&](const Phase& p, const Phase& q, int64_t offset, Span rows,
                  const Window<Policy>& window, const Gradient<Policy>& gradient) {
@@ -379,17 +409,16 @@ void SumProducts(const Job& job, int64_t number, void* scratch) {
     products.sums_row = q.taps * products.sums_column;
     products.sums_vector = job.vector_size();
     // Inputs, or neighbouring taps as well, one after the other.
-    bool neighbours = !turns && (job.terms == 1 || products.column_gap == job.unit);
-    products.input_step = neighbours && job.terms == 1 ? products.column_gap
-                          : is_scalar                  ? 1
-                                                       : lanes;
+    bool steps = !is_scalar && job.terms == 1;  // From pixel to pixel.
+    bool neighbours = !turns && (steps || products.column_gap == job.unit);
+    products.input_step = is_scalar ? 1 : steps ? products.column_gap : lanes;
     int64_t run = neighbours ? q.taps * job.terms : job.terms;
     int64_t columns_apart = neighbours ? 1 : q.taps;
     for (int64_t v = vectors.begin, together; v < vectors.end; v += together) {
-      together = Smaller(Smaller(kMostVectors, vectors.end - v),
-                         job.vectors_in_group - v % job.vectors_in_group);
+      together = Together(job, vectors, v);
       for (int64_t i = 0, tap_rows; i < p.taps; i += tap_rows) {
-        tap_rows = !turns && run <= kInputsOfRows && p.taps - i >= kTapRows ? kTapRows : 1;
+        bool has_few = !turns && together == 1 && run <= kInputsOfRows;
+        tap_rows = has_few && p.taps - i >= kTapRows ? kTapRows : 1;
         // Rows of zeros need no sums, if one tap can do without them.
         Span inside{0, rows.size()};
         if (tap_rows == 1) {
@@ -405,12 +434,12 @@ void SumProducts(const Job& job, int64_t number, void* scratch) {
           taps = turns && columns_apart - j >= 3 && job.outputs * 4 <= kRegisters ? 3 : 1;
           for (int64_t k = 0, inputs; k < run; k += inputs) {
             int64_t left = run - k;
-            inputs = turns ? left : Blocks(left, Blocks(left, kMostInputs));
+            inputs = turns ? left : Blocks(left, Blocks(left, MostInputs(together)));
             products.operand = window.of(v) + q.first * window.pixel() +
                                j * products.column_gap + k * products.input_step;
             products.sums = sums + v * job.vector_size() + offset + i * products.sums_row +
                             j * products.sums_column + k * lanes;
-            PickProducts<Policy>(job, tap_rows, taps, inputs, together)(products);
+            PickProducts<Kernels>(job, tap_rows, taps, inputs, together)(products);
           }
         }
       }
@@ -448,7 +477,6 @@ constexpr Engine MakeEngine(const char* name) {
   engine.element_bytes = sizeof(typename Policy::Element);
   engine.pair = Policy::pair;
   engine.largest_rotation = lanes / 2 < 8 ? lanes / 2 : 8;
-  engine.pixels_at_once = kMostPixels;
   engine.vectors_at_once = kMostVectors;
   engine.pack_weights = PackWeights<Policy>;
   engine.correlate = Correlate<Policy>;

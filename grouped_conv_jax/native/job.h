@@ -89,6 +89,12 @@ struct Job {
 
   // A source is what is packed together of the operand: a vector's groups, or a group.
   int64_t source_of(int64_t vector) const { return vector / vectors_in_group; }
+  // Elements from pixel to pixel of a window. Not a multiple of 1 KiB: neighbouring pixels would
+  // all fall into the same few lines of a cache.
+  int64_t pixel_size(int64_t sources, int64_t element_bytes) const {
+    int64_t size = sources * unit;
+    return size * element_bytes % 1024 == 0 ? size + kAlignment / element_bytes : size;
+  }
   int64_t vector_size() const { return taps * terms * lanes; }
   int64_t first_output(int64_t vector) const {
     return mode == Mode::kBroadcast
@@ -113,7 +119,6 @@ struct Engine {
   int64_t pair;              // Stored elements in a packed one.
   int64_t largest_rotation;  // Width of the groups that kRotate takes.
   int64_t vectors_at_once;   // Of one group, that a kernel computes together.
-  int64_t pixels_at_once;    // So many may be read of a row, even if it has fewer.
   void (*pack_weights)(const Job&, int64_t vector);
   void (*correlate)(const Job&, int64_t task, void* scratch);
   void (*sum_products)(const Job&, int64_t task, void* scratch);

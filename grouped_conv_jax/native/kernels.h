@@ -19,7 +19,7 @@
 namespace grouped_conv {
 namespace INSTRUCTION_SET {
 
-// Results of a row: `count` pixels, at most as many as the kernel computes.
+// Results of a row.
 template <class Policy>
 struct Row {
   const typename Policy::Element *operand, *weights;
@@ -31,21 +31,46 @@ struct Row {
   int64_t weights_row, weights_column, weights_vector;  // In elements.
   typename Policy::Stored* result;
   int64_t result_step;
-  int32_t count, lanes;  // Of the last vector.
+  int32_t lanes;  // Of the last vector.
 };
 
 template <class Policy, int pixels, int vectors>
 INLINE void StoreRow(const Row<Policy>& row, typename Policy::Sum (&sums)[pixels][vectors]) {
   constexpr int lanes = kLanes<Policy>;
   UNROLL for (int p = 0; p < pixels; p++) {
-    if (p < row.count) {
-      UNROLL for (int v = 0; v < vectors; v++) {
-        StoreSums<Policy>(row.result + p * row.result_step + v * lanes, sums[p][v],
-                          v == vectors - 1 ? row.lanes : lanes);
-      }
+    UNROLL for (int v = 0; v < vectors; v++) {
+      StoreSums<Policy>(row.result + p * row.result_step + v * lanes, sums[p][v],
+                        v == vectors - 1 ? row.lanes : lanes);
     }
   }
 }
+
+// Addresses of pixels that are a constant distance from each other, in few registers: every fifth
+// pixel is one, and the next four are reached by what an x86 instruction adds to it, once, twice
+// or four times a register. The compiler, that would rather keep them all, is not told.
+template <class T, int pixels>
+class SpacedPixels {
+ public:
+  INLINE SpacedPixels(const T* first, int64_t step) : step_(step * sizeof(T)), three_(3 * step_) {
+    UNROLL for (int b = 0; b < kBases; b++) {
+      bases_[b] = reinterpret_cast<const char*>(first) + 5 * b * step_;
+      asm("" : "+r"(bases_[b]));
+    }
+    asm("" : "+r"(three_));
+  }
+  INLINE const T* operator[](int p) const {
+    const char* base = bases_[p / 5];
+    return reinterpret_cast<const T*>(p % 5 == 3 ? base + three_ : base + p % 5 * step_);
+  }
+  INLINE void Advance(int64_t elements) {
+    UNROLL for (int b = 0; b < kBases; b++) bases_[b] += elements * sizeof(T);
+  }
+
+ private:
+  static constexpr int kBases = (pixels + 4) / 5;
+  const char* bases_[kBases];
+  int64_t step_, three_;
+};
 
 // An input is one element for all lanes (kBroadcast), or a vector (kSpread).
 template <class Policy, bool is_scalar>
@@ -71,15 +96,17 @@ void RowOfRuns(const Row<Policy>& row) {
   }
   for (int64_t i = 0; i < row.rows; i++) {
     for (int64_t j = 0; j < row.columns; j++) {
-      const auto* operand = row.operand + row.lines[i * row.line_gap] + j * row.column_gap;
+      SpacedPixels<typename Policy::Element, pixels> operand(
+          row.operand + row.lines[i * row.line_gap] + j * row.column_gap, row.step);
       const auto* weights = row.weights + i * row.weights_row + j * row.weights_column;
-      for (int64_t k = 0; k < row.run; k++, operand += In::size, weights += kLanes<Policy>) {
+      for (int64_t k = 0; k < row.run; k++, weights += kLanes<Policy>) {
         V w[vectors];
         UNROLL for (int v = 0; v < vectors; v++) w[v] = Load<V>(weights + v * row.weights_vector);
         UNROLL for (int p = 0; p < pixels; p++) {
-          V x = In::Read(operand + p * row.step);
+          V x = In::Read(operand[p]);
           UNROLL for (int v = 0; v < vectors; v++) Policy::MultiplyAdd(sums[p][v], x, w[v]);
         }
+        operand.Advance(In::size);
       }
     }
   }
@@ -155,7 +182,7 @@ struct Products {
   const int64_t* lines;               // Of the operand, where each of its rows is.
   int64_t line_step, line_gap;        // From row to row of `other`, and from tap to tap.
   int64_t column_step, column_gap;    // The same of columns, in elements of the operand.
-  int64_t input_step;                 // From input to input of a run.
+  int64_t input_step;                 // From input to input of a run; 1 for scalars.
   int64_t other_row, other_column;    // In elements; neighbouring vectors follow each other.
   std::remove_reference_t<decltype(typename Policy::Sum{}[0])>* sums;
   int64_t sums_row, sums_column, sums_vector;
@@ -189,7 +216,7 @@ void SumRuns(const Products<Policy>& p) {
       UNROLL for (int v = 0; v < vectors; v++) y[v] = Load<V>(other + v * lanes);
       UNROLL for (int t = 0; t < tap_rows; t++) {
         UNROLL for (int i = 0; i < inputs; i++) {
-          V x = In::Read(operands[t] + c * p.column_step + i * p.input_step);
+          V x = In::Read(operands[t] + c * p.column_step + i * (is_scalar ? 1 : p.input_step));
           UNROLL for (int v = 0; v < vectors; v++) Policy::MultiplyAdd(sums[t][i][v], x, y[v]);
         }
       }

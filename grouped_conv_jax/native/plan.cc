@@ -16,7 +16,7 @@ constexpr int64_t kWeightBytes = 256 << 10;
 
 // A pixel is read in pieces of at least so many vectors, a row of so many columns.
 constexpr int64_t kFewestVectors = 4;
-constexpr int64_t kFewestColumns = 32;
+constexpr int64_t kFewestColumns = 32, kManyColumns = 28;
 
 // Of the gradient of the output, to be summed before sums are stored.
 constexpr int64_t kPixels = 196;
@@ -64,6 +64,20 @@ std::vector<Phase> PhasesOf(const Dimension& d) {
     phases.push_back(phase);
   }
   return phases;
+}
+
+// With a kernel of one tap that reads each pixel once, all pixels are one long row.
+Request Flattened(Request r) {
+  int64_t pixels = r.batch;
+  for (const Dimension& d : r.dimensions) {
+    bool reads_each = d.operand == d.results && d.taps == 1 && d.stride == 1 && d.gaps == 1;
+    if (!reads_each || d.low != 0 || pixels > kLargest / d.operand) return r;
+    pixels *= d.operand;
+  }
+  r.batch = 1;
+  r.dimensions[0].operand = r.dimensions[0].results = 1;
+  r.dimensions[1].operand = r.dimensions[1].results = pixels;
+  return r;
 }
 
 Axis AxisOf(const Dimension& dimension, std::vector<Phase>* phases) {
@@ -117,7 +131,8 @@ std::string Check(const Request& r) {
   return "";
 }
 
-void MakePlan(const Request& r, const Engine& engine, Plan* plan) {
+void MakePlan(const Request& request, const Engine& engine, Plan* plan) {
+  Request r = Flattened(request);
   Job& job = plan->job;
   bool is_sum = r.contraction == Contraction::kWgrad;
   job.batch = r.batch;
@@ -169,8 +184,8 @@ void MakePlan(const Request& r, const Engine& engine, Plan* plan) {
   auto packed = [&](int64_t vectors, int64_t rows, int64_t columns) {
     int64_t sources = Blocks(vectors, job.vectors_in_group);
     int64_t lines = job.axes[0].positions(rows);
-    int64_t bytes = Aligned(sources * lines * job.axes[1].positions(columns) * job.unit *
-                            engine.element_bytes);
+    int64_t bytes = Aligned(lines * job.axes[1].positions(columns) *
+                            job.pixel_size(sources, engine.element_bytes) * engine.element_bytes);
     if (is_sum) {
       bytes += Aligned(vectors * rows * Blocks(columns, engine.pair) * job.lanes *
                        engine.element_bytes);
@@ -187,11 +202,15 @@ void MakePlan(const Request& r, const Engine& engine, Plan* plan) {
     int64_t together = std::max<int64_t>(vectors / engine.vectors_at_once, 1);
     return std::min(Balanced(blocks, together) * engine.vectors_at_once, job.vectors_in_group);
   };
-  job.chunk = whole(std::clamp<int64_t>(kWeightBytes / vector_bytes, 1, job.vectors));
+  // Long rows use each weight so often that it may come from afar.
   int64_t columns = all_columns;
+  bool stays = !is_sum && columns >= kManyColumns;
+  job.chunk = whole(std::clamp<int64_t>(kWeightBytes / vector_bytes, 1, job.vectors));
+  if (stays) job.chunk = job.vectors;
   // All features of a pixel if possible: they are one after the other in memory.
   while (packed(job.chunk, 1, columns) > kWindowBytes) {
-    if (job.chunk > kFewestVectors && whole(job.chunk / 2) < job.chunk) {
+    bool has_groups = job.chunk > std::max(job.vectors_in_group, kFewestVectors);
+    if (has_groups && whole(job.chunk / 2) < job.chunk) {
       job.chunk = whole(job.chunk / 2);
     } else if (columns > kFewestColumns) {
       columns = Blocks(columns, 2);
@@ -235,10 +254,7 @@ void MakePlan(const Request& r, const Engine& engine, Plan* plan) {
   job.slices = is_sum ? std::clamp<int64_t>(Blocks(wanted, job.chunks), 1, tiles) : 1;
   plan->tasks = job.chunks * (is_sum ? job.slices : tiles);
   plan->workers = std::min(r.threads, plan->tasks);
-  // Kernels read as many pixels as they compute, also where there are fewer.
-  int64_t slack = (engine.pixels_at_once + 1) * job.axes[1].step * engine.element_bytes *
-                  job.unit * Blocks(job.chunk, job.vectors_in_group);
-  job.scratch_bytes = Aligned(packed(job.chunk, job.rows_at_once, job.axes[1].tile) + slack);
+  job.scratch_bytes = packed(job.chunk, job.rows_at_once, job.axes[1].tile);
   plan->packed_bytes = Aligned(job.slices * job.vectors * vector_bytes);
 }
 

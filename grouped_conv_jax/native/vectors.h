@@ -35,12 +35,12 @@ constexpr int kVectorBytes = 32, kRegisters = 16;
 constexpr int kVectorBytes = 16, kRegisters = 16;
 #endif
 
-template <class T>
+template <class T, int bytes>
 struct VectorOf {
-  typedef T type __attribute__((vector_size(kVectorBytes)));
+  typedef T type __attribute__((vector_size(bytes)));
 };
-template <class T>
-using Vector = typename VectorOf<T>::type;
+template <class T, int bytes = kVectorBytes>
+using Vector = typename VectorOf<T, bytes>::type;
 
 template <class V, class T>
 INLINE V Load(const T* from) {
@@ -76,6 +76,7 @@ INLINE V Broadcast(T x) {
 
 template <class T>
 struct Plain {
+  using Kernels = Plain;
   using Stored = T;
   using Element = T;
   using Sum = Vector<T>;
@@ -99,16 +100,20 @@ INLINE float Widened(Bfloat16Stored x) {
 }
 
 // To the nearest, of two equally near to the even one; a NaN stays one.
+template <class Bits>
+INLINE Bits NarrowedBits(Bits bits) {
+  Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, quiet = bits >> 16 | 0x40;
+  return (bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded;
+}
 INLINE Bfloat16Stored Narrowed(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof(bits));
-  uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  uint32_t quiet = bits >> 16 | 0x40;
-  return {static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded)};
+  return {static_cast<uint16_t>(NarrowedBits(bits))};
 }
 
 // Converted when they are packed, and computed with as 32 bits.
 struct Bfloat16 {
+  using Kernels = Float32;  // For what reads and writes only what is packed.
   using Stored = Bfloat16Stored;
   using Element = float;
   using Sum = Vector<float>;
@@ -121,6 +126,7 @@ struct Bfloat16 {
 #ifdef __AVX512BF16__
 // Two in an element, whose products are added up by one instruction.
 struct Bfloat16Pair {
+  using Kernels = Bfloat16Pair;
   using Stored = Bfloat16Stored;
   using Element = uint32_t;
   using Sum = Vector<float>;
@@ -139,18 +145,20 @@ constexpr int kLanes = kVectorBytes / sizeof(typename Policy::Element);
 template <class Policy>
 INLINE void StoreSums(typename Policy::Stored* to, typename Policy::Sum sum, int count) {
   constexpr int lanes = kLanes<Policy>;
-  if constexpr (sizeof(typename Policy::Stored) == sizeof(typename Policy::Element)) {
+  if constexpr (std::is_same_v<typename Policy::Stored, Bfloat16Stored>) {
+    using Half = Vector<uint16_t, kVectorBytes / 2>;
+    Half half = __builtin_convertvector(NarrowedBits((Vector<uint32_t>)sum), Half);
+    if (count == lanes) {
+      Store(to, half);
+    } else {
+      for (int i = 0; i < count; i++) to[i].bits = half[i];
+    }
+  } else {
     if (count == lanes) {
       Store(to, sum);
-      return;
+    } else {
+      for (int i = 0; i < count; i++) to[i] = sum[i];
     }
-  }
-  typename Policy::Stored rounded[lanes];
-  for (int i = 0; i < lanes; i++) rounded[i] = Policy::Rounded(sum[i]);
-  if (count == lanes) {
-    memcpy(to, rounded, sizeof(rounded));
-  } else {
-    for (int i = 0; i < count; i++) to[i] = rounded[i];
   }
 }
 
