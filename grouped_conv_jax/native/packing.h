@@ -36,16 +36,31 @@ struct FeaturePairs {
   }
 };
 
-// Pairs of the same feature of two pixels, either of which may be outside.
-template <class Policy>
+// Pairs of the same feature of two pixels, either of which may be outside if they `may_be`.
+template <class Policy, bool may_be>
 struct PixelPairs {
   const typename Policy::Stored *at, *next;
   int64_t count;
   INLINE uint32_t operator[](int64_t i) const {
-    uint32_t low = at ? at[i].bits : 0, high = next ? next[i].bits : 0;
+    uint32_t low = !may_be || at ? at[i].bits : 0, high = !may_be || next ? next[i].bits : 0;
     return low | high << 16;
   }
 };
+
+// Up to a vector of them, zeros after the last.
+template <class Policy, class Source>
+INLINE Vector<typename Policy::Element> LoadElements(const Source& from) {
+  constexpr int lanes = kLanes<Policy>;
+  typename Policy::Element all[lanes] = {};
+  if (from.count == lanes) {
+    for (int i = 0; i < lanes; i++) all[i] = from[i];
+  } else if (from.count == lanes / 2) {
+    for (int i = 0; i < lanes / 2; i++) all[i] = from[i];
+  } else {
+    for (int64_t i = 0; i < from.count; i++) all[i] = from[i];
+  }
+  return Load<Vector<typename Policy::Element>>(all);
+}
 
 // Each of these packs one source of one pixel.
 
@@ -55,14 +70,7 @@ struct PackLanes {
   static constexpr bool copies = true;
   template <class Source>
   INLINE void operator()(typename Policy::Element* to, const Source& from) const {
-    constexpr int lanes = kLanes<Policy>;
-    typename Policy::Element all[lanes];  // Apart, so that nothing can be written over.
-    if (from.count == lanes) {
-      for (int i = 0; i < lanes; i++) all[i] = from[i];
-    } else {
-      for (int i = 0; i < lanes; i++) all[i] = i < from.count ? from[i] : 0;
-    }
-    memcpy(to, all, sizeof(all));
+    Store(to, LoadElements<Policy>(from));
   }
 };
 
@@ -107,9 +115,7 @@ struct PackSpread {
 #if defined(__GNUC__) && !defined(__clang__)
     if (from.count <= lanes) {
       using Index = Vector<std::conditional_t<sizeof(Element) == 8, int64_t, int32_t>>;
-      Element all[lanes];
-      PackLanes<Policy>()(all, from);
-      Vector<Element> elements = Load<Vector<Element>>(all);
+      Vector<Element> elements = LoadElements<Policy>(from);
       Index lane;
       for (int i = 0; i < lanes; i++) lane[i] = index[i];
       for (int64_t t = 0; t < terms; t++) {
@@ -151,6 +157,17 @@ struct Sources {
   int64_t all_features;  // Of a pixel.
 };
 
+template <class Policy>
+INLINE void CopyElements(typename Policy::Element* to, const typename Policy::Stored* from,
+                         int64_t count) {
+  if constexpr (std::is_same_v<typename Policy::Stored, typename Policy::Element>) {
+    // The C library copies faster than a loop of vectors.
+    memcpy(to, from, count * sizeof(*to));
+  } else {
+    PackScalars<Policy>()(to, Elements<Policy>{from, count});
+  }
+}
+
 // Packs one row of an image, null if there is none, as [columns, sources, unit], with `pixel`
 // elements from column to column. `pair_step` is how far the other pixel of a pair is, in positions; 0 for pairs
 // of features, or none.
@@ -187,9 +204,16 @@ void PackRow(const typename Policy::Stored* line, const Positions& columns,
       for (int64_t c = 0; c < columns.count; c++) {
         int64_t column = columns.first + c * columns.step;
         const auto *at = place(column), *next = place(column + pair_step);
-        each(to + c * pixel, [&](int64_t feature, int64_t count) {
-          return PixelPairs<Policy>{at ? at + feature : at, next ? next + feature : next, count};
-        });
+        if (at && next) {
+          each(to + c * pixel, [&](int64_t feature, int64_t count) {
+            return PixelPairs<Policy, false>{at + feature, next + feature, count};
+          });
+        } else {
+          each(to + c * pixel, [&](int64_t feature, int64_t count) {
+            return PixelPairs<Policy, true>{at ? at + feature : at, next ? next + feature : next,
+                                            count};
+          });
+        }
       }
       return;
     }
@@ -199,15 +223,14 @@ void PackRow(const typename Policy::Stored* line, const Positions& columns,
   zero(0, inside.begin);
   zero(inside.end, columns.count);
   const auto* from = line + (columns.first + inside.begin * columns.step) * sources.all_features;
-  if constexpr (Pack::copies && std::is_same_v<typename Policy::Stored, Element>) {
-    // As they are: the C library copies faster than a loop of vectors.
-    if (sources.features == unit && full == sources.count) {
+  if constexpr (Pack::copies && Policy::pair == 1) {
+    if (sources.features == unit && full == sources.count) {  // Without gaps.
       if (columns.step == 1 && pixel == sources.all_features) {
-        memcpy(to + inside.begin * pixel, from, inside.size() * pixel * sizeof(Element));
+        CopyElements<Policy>(to + inside.begin * pixel, from, inside.size() * pixel);
         return;
       }
       for (int64_t c = inside.begin; c < inside.end; c++) {
-        memcpy(to + c * pixel, from, full * unit * sizeof(Element));
+        CopyElements<Policy>(to + c * pixel, from, full * unit);
         from += columns.step * sources.all_features;
       }
       return;
