@@ -8,9 +8,7 @@ from grouped_conv_jax.spec import Contraction, ConvSpec
 from grouped_conv_jax.tuning import Choices
 
 
-def choose(
-    contraction: Contraction, spec: ConvSpec, platform: str, is_export: bool = False
-) -> str:
+def choose(contraction: Contraction, spec: ConvSpec, platform: str, is_export: bool = False) -> str:
     """The automatic choice.
 
     On a CPU it is what is expected to be the fastest (`expected_seconds`) of those that compute

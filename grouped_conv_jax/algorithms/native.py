@@ -45,10 +45,18 @@ def supports(contraction: Contraction, spec: ConvSpec, platform: str) -> str | N
     pads = (abs(pad) for pads in spec.padding for pad in pads)
     if max(*sizes, *steps, *pads) >= LARGEST:
         return f"a size is {LARGEST} or more"
-    lanes, width = 16, max(spec.group_width)
-    if math.prod(spec.extent("rhs")) * lanes * width * 8 > LARGEST_WINDOW:
-        return "the dilated kernel is too large"
+    if _window_bytes(contraction, spec) > LARGEST_WINDOW:
+        return "what a result reads, dilated, is too large"
     return None
+
+
+def _window_bytes(contraction: Contraction, spec: ConvSpec) -> int:
+    """Of what one group of results reads; several copies of narrow groups of other widths."""
+    inputs, outputs = spec.group_width
+    if contraction == "dgrad":
+        inputs, outputs = outputs, inputs
+    copies = 1 if inputs == outputs else max(1, 16 // outputs)
+    return math.prod(spec.extent("rhs")) * inputs * copies * spec.accumulator.itemsize
 
 
 def seconds(contraction: Contraction, spec: ConvSpec) -> float:

@@ -3,7 +3,8 @@
 This is a hook of the build backend (see pyproject.toml), which runs it without the package. If it
 cannot compile, it notes why, and what is installed works without the kernels. The environment
 variable `GROUPED_CONV_JAX_NATIVE` is `off` for no kernels, `required` for an error if there can be
-none; `CXX` and `CXXFLAGS` are the compiler and more flags for it.
+none; `CXX` and `CXXFLAGS` are the compiler and more flags for it. As a program it compiles them
+into its folder.
 """
 
 import concurrent.futures
@@ -181,3 +182,7 @@ def run(command: list[str]) -> str:
 
 def _text(path: Path) -> str | None:
     return path.read_text() if path.exists() else None
+
+
+if __name__ == "__main__":
+    compile_library(Path(__file__).parent)

@@ -136,8 +136,7 @@ class Case:
     def expected(self, first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, int]:
         """In float64, tap by tap; and how many products an element is the sum of, at most."""
         values = {
-            role: x.astype(np.float64)
-            for role, x in zip(self.roles, (first, second), strict=False)
+            role: x.astype(np.float64) for role, x in zip(self.roles, (first, second), strict=False)
         }
         groups, result = self.groups, self.roles[2]
         total = np.zeros(self.shapes[result])
