@@ -431,7 +431,7 @@ def test_the_reason_is_the_one_that_the_installation_has_noted(monkeypatch, tmp_
     monkeypatch.setattr(native, "FAILURE", tmp_path / "failure.txt")
     native._library.cache_clear()
     try:
-        assert "is not there" in native.missing.__wrapped__()
+        assert "is not there" in str(native.missing.__wrapped__())
         (tmp_path / "failure.txt").write_text("g++ failed\n")
         assert native.missing.__wrapped__() == "g++ failed"
         (tmp_path / "library.so").write_text("not a library")

@@ -1,7 +1,6 @@
 """What installing does about the native kernels where they cannot be compiled."""
 
 import shutil
-import types
 from pathlib import Path
 
 import pytest
@@ -20,10 +19,9 @@ def installed(tmp_path, monkeypatch):
     for path in (*SOURCES.glob("*.cc"), *SOURCES.glob("*.h")):
         shutil.copy(path, folder)
 
-    def install(target: str = "wheel") -> dict:
-        hook = types.SimpleNamespace(root=str(tmp_path), target_name=target)
+    def install() -> dict:
         data: dict = {"artifacts": []}
-        build.Hook.initialize(hook, "standard", data)
+        build.install(folder, data)
         return data
 
     return install, folder
@@ -76,13 +74,6 @@ def test_it_can_be_required(installed, monkeypatch):
     monkeypatch.setenv("CXX", "false")
     with pytest.raises(build.Failure, match="false failed"):
         install()
-
-
-def test_sources_are_shipped_as_they_are(installed, monkeypatch):
-    install, folder = installed
-    monkeypatch.setenv("CXX", "false")
-    assert install("sdist") == {"artifacts": []}
-    assert not (folder / build.FAILURE).exists()
 
 
 COMPILER = """#!/bin/sh

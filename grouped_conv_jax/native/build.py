@@ -20,12 +20,15 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-try:
+if TYPE_CHECKING:
     from hatchling.builders.hooks.plugin.interface import BuildHookInterface
-except ImportError:  # The fuzzer compiles without the build backend.
-    BuildHookInterface = object
+else:
+    try:
+        from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+    except ImportError:  # Tests and the fuzzer compile without the build backend.
+        BuildHookInterface = object
 
 FOLDER = Path("grouped_conv_jax", "native")
 LIBRARY, FAILURE, KEY = "library.so", "failure.txt", "library.key"
@@ -50,29 +53,36 @@ class Hook(BuildHookInterface):
     PLUGIN_NAME = "custom"
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        if self.target_name != "wheel":
-            return
-        folder = Path(self.root, FOLDER)
-        wanted = os.environ.get("GROUPED_CONV_JAX_NATIVE", "auto")
-        try:
-            if wanted == "off":
-                raise Failure("GROUPED_CONV_JAX_NATIVE=off when it was installed")
-            compile_library(folder)
-        except Failure as failure:
-            if wanted == "required":
-                raise
-            for name in (LIBRARY, KEY):
-                (folder / name).unlink(missing_ok=True)
-            (folder / FAILURE).write_text(f"{failure}\n")
-            print(f"grouped_conv_jax without native kernels: {failure}", file=sys.stderr)
-            build_data["artifacts"].append(f"{FOLDER.as_posix()}/{FAILURE}")
-        else:
-            (folder / FAILURE).unlink(missing_ok=True)
-            build_data["artifacts"].append(f"{FOLDER.as_posix()}/{LIBRARY}")
-            build_data["pure_python"] = False
-            # It knows nothing of Python: one wheel for all versions.
-            machine = sysconfig.get_platform().replace("-", "_").replace(".", "_")
-            build_data["tag"] = f"py3-none-{machine}"
+        if self.target_name == "wheel":
+            install(Path(self.root, FOLDER), build_data)
+
+
+def install(folder: Path, build_data: dict[str, Any]) -> None:
+    """Compiles the library, or notes why not, and says what is to be in the wheel.
+
+    Raises:
+      Failure: it is required, and cannot be compiled.
+    """
+    wanted = os.environ.get("GROUPED_CONV_JAX_NATIVE", "auto")
+    try:
+        if wanted == "off":
+            raise Failure("GROUPED_CONV_JAX_NATIVE=off when it was installed")
+        compile_library(folder)
+    except Failure as failure:
+        if wanted == "required":
+            raise
+        for name in (LIBRARY, KEY):
+            (folder / name).unlink(missing_ok=True)
+        (folder / FAILURE).write_text(f"{failure}\n")
+        print(f"grouped_conv_jax without native kernels: {failure}", file=sys.stderr)
+        build_data["artifacts"].append(f"{FOLDER.as_posix()}/{FAILURE}")
+    else:
+        (folder / FAILURE).unlink(missing_ok=True)
+        build_data["artifacts"].append(f"{FOLDER.as_posix()}/{LIBRARY}")
+        build_data["pure_python"] = False
+        # It knows nothing of Python: one wheel for all versions.
+        machine = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+        build_data["tag"] = f"py3-none-{machine}"
 
 
 @dataclasses.dataclass(frozen=True)

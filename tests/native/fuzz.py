@@ -23,10 +23,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from grouped_conv_jax.native import build
+
 FOLDER = Path(__file__).parent
-NATIVE = FOLDER.parent.parent / "grouped_conv_jax" / "native"
-sys.path.insert(0, str(NATIVE))
-import build  # noqa: E402  The file alone: importing the package would start JAX.
+NATIVE = Path(build.__file__).parent
 
 CONTRACTIONS = ("fprop", "dgrad", "wgrad")
 DTYPES = (np.float32, np.float64, ml_dtypes.bfloat16)
@@ -273,7 +273,7 @@ def start_again_with_sanitizers() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Random convolutions, against NumPy.")
     parser.add_argument("--cases", type=int, default=10_000, help="how many convolutions")
     parser.add_argument("--seed", type=int, default=0, help="of the first one; then one more each")
     parser.add_argument("--sanitize", action="store_true", help="compile with sanitizers")
@@ -281,10 +281,12 @@ def main() -> None:
     options = parser.parse_args()
     if options.sanitize:
         start_again_with_sanitizers()
-    failures, began = 0, time.monotonic()
+    failures = done = 0
+    began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         kernels = Kernels(options.library or library(Path(folder), options.sanitize))
         for seed in range(options.seed, options.seed + options.cases):
+            done += 1
             draw = np.random.default_rng(seed)
             case = Case.random(draw)
             if message := wrong(case, kernels, draw):
@@ -293,7 +295,6 @@ def main() -> None:
                 if failures == 10:
                     break
     seconds = time.monotonic() - began
-    done = seed + 1 - options.seed
     print(f"{done} cases, {failures} wrong, {', '.join(kernels.sets)}, {seconds:.0f} s")
     sys.exit(1 if failures else 0)
 
