@@ -35,8 +35,12 @@ void ParallelFor(Pool& pool, int64_t tasks, int64_t workers, const Body& body) {
       counters->all_done.notify_one();
     }
   };
-  for (int64_t worker = 1; worker < workers; worker++) {
-    pool.Schedule([work, worker] { work(worker); });
+  try {
+    for (int64_t worker = 1; worker < workers; worker++) {
+      pool.Schedule([work, worker] { work(worker); });
+    }
+  } catch (...) {
+    // Those that have been asked may have begun: what is left is done without more of them.
   }
   work(0);
   for (int spins = 0; spins < 1000 && counters->done.load() < tasks; spins++) {
