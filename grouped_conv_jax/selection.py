@@ -59,7 +59,9 @@ def resolve(
       NotImplementedError: the implementation that was asked for does not do this.
     """
     if implementation is None:
-        fastest = None if choices is None else choices.fastest(contraction, spec, device)
+        fastest = None
+        if choices is not None:
+            fastest = choices.fastest(contraction, spec, device, is_export)
         return fastest or choose(contraction, spec, platform, is_export)
     if reason := unsupported(implementation, contraction, spec, platform, is_export):
         others = [

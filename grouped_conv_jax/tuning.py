@@ -41,13 +41,19 @@ class Choices:
     ranking: tuple[tuple[Subject, tuple[str, ...]], ...]
 
     def fastest(
-        self, contraction: Contraction, spec: ConvSpec, device: DeviceKind | None
+        self,
+        contraction: Contraction,
+        spec: ConvSpec,
+        device: DeviceKind | None,
+        is_export: bool = False,
     ) -> str | None:
         """The first that may be chosen; None if this was not measured on such a device."""
         if device is None:
             return None
         for name in self._names.get(Subject(device, contraction, spec_key(spec)), ()):
-            if name not in TABLE or unsupported(name, contraction, spec, device.platform):
+            if name not in TABLE:
+                continue
+            if unsupported(name, contraction, spec, device.platform, is_export):
                 continue
             if runs_unasked(name, contraction, spec):
                 return name

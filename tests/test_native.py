@@ -210,6 +210,33 @@ def test_denormal_numbers_are_what_they_are_to_xla():
     np.testing.assert_array_equal(ours.view(np.uint32), theirs.view(np.uint32))
 
 
+@every_instruction_set
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "groups"), [(4, 28, 129), (1, 8, 520), (8, 16, 268)], ids=str
+)
+def test_chunks_of_which_the_last_is_smaller(inputs, outputs, groups, name, only):
+    only(name)
+    lhs, rhs = (2, 9, 14, groups * inputs), (3, 3, inputs, groups * outputs)
+    case = conv2d(lhs, rhs, groups)
+    x, w, _ = case.random()
+    found, expected = (case.conv(name)(x, w) for name in ("native", "xla"))
+    np.testing.assert_allclose(found, expected, 1e-4, 1e-4)
+
+
+@every_instruction_set
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("columns", [16, 17])
+def test_an_infinity_at_an_edge_reaches_the_taps_that_see_it(columns, dtype, name, only):
+    only(name)
+    case = conv2d((1, 5, columns, 8), (3, 3, 4, 8), 2)
+    x, w, y = (jnp.asarray(a, dtype) for a in case.random())
+    x = x.at[:, 2, columns - 1, 0].set(jnp.inf)
+    dw = np.asarray(jax.vjp(case.conv("native"), x, w)[1](y)[1], np.float32)
+    # The last column is read by the middle and the right tap of the results at the edge.
+    assert np.isfinite(dw[:, 0]).all()
+    assert not np.isfinite(dw[:, 1, 0, :4]).any()
+
+
 def test_a_row_that_is_longer_than_a_cache():
     """One dimension, many elements: cut into tiles along it, too."""
     arguments = {
@@ -364,6 +391,14 @@ def test_the_handler_checks_what_it_is_given(dimensions, groups, message):
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
         call("fprop", x.shape, x, w, groups=groups, dimensions=dimensions)
     np.testing.assert_allclose(call("fprop", x.shape, x, w, groups=2, dimensions=GOOD)[0, 2, 2], 18)
+
+
+@pytest.mark.parametrize("dilation", [2**29, 2**24])
+def test_the_handler_does_not_take_more_memory_than_there_is(dilation):
+    x, w = jnp.ones((1, 5, 5, 4)), jnp.ones((3, 3, 2, 4))
+    dimensions = [5, 5, 3, 1, dilation, 1, 1] * 2
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no memory for packed arrays"):
+        call("fprop", x.shape, x, w, groups=2, dimensions=dimensions)
 
 
 def test_the_handler_checks_ranks_and_types():

@@ -56,6 +56,7 @@ def test_a_compiler_that_is_not_there_is_no_error(installed, monkeypatch):
 
 def test_no_headers_are_no_error(installed, monkeypatch):
     install, folder = installed
+    monkeypatch.setenv("CXX", "false")
     monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
     install()
     assert "jaxlib's headers were not found" in (folder / build.FAILURE).read_text()

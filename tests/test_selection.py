@@ -62,6 +62,7 @@ def no_native_kernels(monkeypatch):
     monkeypatch.setattr(native, "missing", lambda: "there are none")
 
 
+@pytest.mark.skipif(native.missing() is not None, reason="there are no native kernels")
 @every_workload
 def test_the_choice_on_a_cpu_is_native(name):
     spec = spec_of(WORKLOADS[name])

@@ -25,8 +25,8 @@ native.missing()
 LARGEST = 2**30
 """Of sizes, strides, dilations and padding."""
 
-LARGEST_WINDOW = 2**24
-"""Bytes of what one result reads, gaps of a dilated kernel and all: it is packed as a whole."""
+LARGEST_WINDOW = 2**26
+"""Bytes of what some results read, gaps of a dilated kernel and all: it is packed as a whole."""
 
 
 def supports(contraction: Contraction, spec: ConvSpec, platform: str) -> str | None:
@@ -51,12 +51,18 @@ def supports(contraction: Contraction, spec: ConvSpec, platform: str) -> str | N
 
 
 def _window_bytes(contraction: Contraction, spec: ConvSpec) -> int:
-    """Of what one group of results reads; several copies of narrow groups of other widths."""
+    """Of what a few results of a group read; several copies of narrow groups of other widths."""
     inputs, outputs = spec.group_width
     if contraction == "dgrad":
         inputs, outputs = outputs, inputs
     copies = 1 if inputs == outputs else max(1, 16 // outputs)
-    return math.prod(spec.extent("rhs")) * inputs * copies * spec.accumulator.itemsize
+    steps = spec.lhs_dilation if contraction == "dgrad" else spec.window_strides
+    pixels = inputs * copies * spec.accumulator.itemsize
+    for i, (extent, step) in enumerate(zip(spec.extent("rhs"), steps, strict=True)):
+        # Some columns are read together, and where strides meet dilations, up to a step more.
+        results = 32 if i == len(steps) - 1 else 1
+        pixels *= extent + results * step
+    return pixels
 
 
 def seconds(contraction: Contraction, spec: ConvSpec) -> float:

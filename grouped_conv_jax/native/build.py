@@ -8,6 +8,7 @@ into its folder.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
@@ -34,11 +35,14 @@ FOLDER = Path("grouped_conv_jax", "native")
 LIBRARY, FAILURE, KEY = "library.so", "failure.txt", "library.key"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma")
+BASELINE = ("-march=x86-64",)
+"""Whatever CXXFLAGS say: what is compiled for more is asked for only where the processor has it."""
+
 INSTRUCTION_SETS = {
-    "avx512": AVX512,
-    "avx512_bf16": (*AVX512, "-mavx512bf16"),
-    "avx2": ("-mavx2", "-mfma"),
-    "portable": (),
+    "avx512": (*BASELINE, *AVX512),
+    "avx512_bf16": (*BASELINE, *AVX512, "-mavx512bf16", "-DGROUPED_CONV_PAIRS"),
+    "avx2": (*BASELINE, "-mavx2", "-mfma"),
+    "portable": BASELINE,
 }
 X86 = ("x86_64", "amd64")
 
@@ -71,11 +75,13 @@ def install(folder: Path, build_data: dict[str, Any]) -> None:
     except Failure as failure:
         if wanted == "required":
             raise
-        for name in (LIBRARY, KEY):
-            (folder / name).unlink(missing_ok=True)
-        (folder / FAILURE).write_text(f"{failure}\n")
         print(f"grouped_conv_jax without native kernels: {failure}", file=sys.stderr)
-        build_data["artifacts"].append(f"{FOLDER.as_posix()}/{FAILURE}")
+        # Where nothing can be written there is no note, and none is needed to go on.
+        with contextlib.suppress(OSError):
+            for name in (LIBRARY, KEY):
+                (folder / name).unlink(missing_ok=True)
+            (folder / FAILURE).write_text(f"{failure}\n")
+            build_data["artifacts"].append(f"{FOLDER.as_posix()}/{FAILURE}")
     else:
         (folder / FAILURE).unlink(missing_ok=True)
         build_data["artifacts"].append(f"{FOLDER.as_posix()}/{LIBRARY}")
@@ -102,28 +108,36 @@ def compile_library(folder: Path) -> None:
     """
     compiler, include = find_compiler(), find_headers()
     units = kernels(folder)
-    units.append(Unit(folder / "handler.cc", "handler", ("-isystem", str(include))))
+    baseline = units[-1].flags
+    units.append(Unit(folder / "handler.cc", "handler", (*baseline, "-isystem", str(include))))
     flags = (*FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")))
-    key = key_of(folder, compiler, flags, units)
+    key = key_of(folder, compiler, flags, include)
     if (folder / LIBRARY).exists() and _text(folder / KEY) == key:
         return
     # In one step, so that a process that has the old one loaded keeps it.
-    link(compiler, flags, units, folder / f"{LIBRARY}.new")
-    (folder / f"{LIBRARY}.new").replace(folder / LIBRARY)
-    (folder / KEY).write_text(key)
+    made = folder / f"{LIBRARY}.{os.getpid()}"
+    try:
+        link(compiler, flags, units, made)
+        made.replace(folder / LIBRARY)
+        (folder / KEY).write_text(key)
+    except OSError as error:
+        raise Failure(f"the compiled library could not be written: {error}") from error
+    finally:
+        made.unlink(missing_ok=True)
 
 
 def kernels(folder: Path) -> list[Unit]:
     """Everything but the call from XLA."""
     is_x86 = platform.machine().lower() in X86
     sets = INSTRUCTION_SETS if is_x86 else {"portable": ()}
+    flags = (*BASELINE, "-DGROUPED_CONV_X86") if is_x86 else ()
     return [
         *(
-            Unit(folder / "isa.cc", name, (f"-DINSTRUCTION_SET={name}", *flags))
-            for name, flags in sets.items()
+            Unit(folder / "isa.cc", name, (f"-DINSTRUCTION_SET={name}", *more))
+            for name, more in sets.items()
         ),
-        Unit(folder / "plan.cc", "plan", ()),
-        Unit(folder / "engines.cc", "engines", ("-DGROUPED_CONV_X86",) if is_x86 else ()),
+        Unit(folder / "plan.cc", "plan", flags),
+        Unit(folder / "engines.cc", "engines", flags),
     ]
 
 
@@ -164,11 +178,12 @@ def find_headers() -> Path:
     raise Failure("jaxlib's headers were not found when it was installed")
 
 
-def key_of(folder: Path, compiler: list[str], flags: tuple[str, ...], units: list[Unit]) -> str:
+def key_of(folder: Path, compiler: list[str], flags: tuple[str, ...], include: Path) -> str:
     """Changes with everything that the library is made of."""
     digest = hashlib.sha256(run([*compiler, "--version"]).encode())
-    digest.update(repr((compiler, flags, [(u.name, u.flags) for u in units])).encode())
-    for path in sorted([*folder.glob("*.h"), *folder.glob("*.cc")]):
+    digest.update(repr((compiler, flags)).encode())
+    sources = [*folder.glob("*.h"), *folder.glob("*.cc"), Path(__file__)]
+    for path in [*sorted(sources), *sorted((include / "xla" / "ffi" / "api").glob("*.h"))]:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <new>
+#include <stdexcept>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -52,12 +53,18 @@ void Compute(const Request& request, Type type, Pool& pool, const void* first, c
   bool is_sum = request.contraction == Contraction::kWgrad;
   const Engine* engine = EngineFor(type);
   // Pairs of features must be whole; with one input, there is one product for each output.
-  bool has_pairs = is_sum ? request.inputs * request.outputs > 1 : request.inputs % 2 == 0;
+  // Pairs of pixels must be, too: what stood in for the other one might be infinite.
+  bool has_pairs = request.inputs % 2 == 0;
+  if (is_sum) {
+    const Dimension& columns = request.dimensions[1];
+    has_pairs = request.inputs * request.outputs > 1 && columns.gaps == 1 && columns.results % 2 == 0;
+  }
   if (type == Type::kBfloat16 && has_pairs) {
     if (const Engine* pairs = EngineFor(Type::kBfloat16Pair)) engine = pairs;
   }
+  if (engine == nullptr) throw std::runtime_error("no kernels for this type");
   Plan plan;
-  MakePlan(request, *engine, &plan);
+  if (!MakePlan(request, *engine, &plan)) throw std::bad_alloc();
   Job& job = plan.job;
   Memory packed(plan.packed_bytes), scratch(plan.workers * job.scratch_bytes);
   job.operand = first;

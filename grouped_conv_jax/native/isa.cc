@@ -9,7 +9,7 @@ namespace INSTRUCTION_SET {
 
 // By `Type`. What computes with pairs has nothing else: the rest is that of AVX-512.
 extern const Engine* const engines[];
-#ifdef __AVX512BF16__
+#ifdef GROUPED_CONV_PAIRS
 static constexpr Engine pairs = MakeEngine<Bfloat16Pair>(NAME(INSTRUCTION_SET));
 const Engine* const engines[] = {nullptr, nullptr, nullptr, &pairs};
 #else

@@ -8,6 +8,9 @@
 
 #include <cstdint>
 
+// In each instruction set by itself: a function of one is not taken for that of another.
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
 namespace grouped_conv {
 
 // Packed arrays begin with a cache line.
@@ -49,7 +52,7 @@ struct Axis {
   int64_t tile, tiles;  // Results of the largest phase in a tile, and tiles.
 
   // How many positions the results of a tile read.
-  int64_t positions(int64_t results) const { return (results - 1) * step + span; }
+  ALWAYS_INLINE int64_t positions(int64_t results) const { return (results - 1) * step + span; }
 };
 
 struct Job {
@@ -85,24 +88,24 @@ struct Job {
   void* packed;          // [vectors, taps, terms, lanes] weights; of sums one for each slice.
   int64_t scratch_bytes; // For one worker.
 
-  int64_t window_rows() const { return axes[0].positions(rows_at_once); }
+  ALWAYS_INLINE int64_t window_rows() const { return axes[0].positions(rows_at_once); }
 
   // A source is what is packed together of the operand: a vector's groups, or a group.
-  int64_t source_of(int64_t vector) const { return vector / vectors_in_group; }
+  ALWAYS_INLINE int64_t source_of(int64_t vector) const { return vector / vectors_in_group; }
   // Elements from pixel to pixel of a window. Not a multiple of 1 KiB: neighbouring pixels would
   // all fall into the same few lines of a cache.
-  int64_t pixel_size(int64_t sources, int64_t element_bytes) const {
+  ALWAYS_INLINE int64_t pixel_size(int64_t sources, int64_t element_bytes) const {
     int64_t size = sources * unit;
     return size * element_bytes % 1024 == 0 ? size + kAlignment / element_bytes : size;
   }
-  int64_t vector_size() const { return taps * terms * lanes; }
-  int64_t first_output(int64_t vector) const {
+  ALWAYS_INLINE int64_t vector_size() const { return taps * terms * lanes; }
+  ALWAYS_INLINE int64_t first_output(int64_t vector) const {
     return mode == Mode::kBroadcast
                ? vector / vectors_in_group * outputs + vector % vectors_in_group * lanes
                : vector * groups_in_vector * outputs;
   }
   // Lanes of a vector that are outputs.
-  int64_t valid_lanes(int64_t vector) const {
+  ALWAYS_INLINE int64_t valid_lanes(int64_t vector) const {
     if (mode == Mode::kBroadcast) {
       int64_t left = outputs - vector % vectors_in_group * lanes;
       return left < lanes ? left : lanes;

@@ -225,7 +225,7 @@ void PackRow(const typename Policy::Stored* line, const Positions& columns,
   const auto* from = line + (columns.first + inside.begin * columns.step) * sources.all_features;
   if constexpr (Pack::copies && Policy::pair == 1) {
     if (sources.features == unit && full == sources.count) {  // Without gaps.
-      if (columns.step == 1 && pixel == sources.all_features) {
+      if (columns.step == 1 && pixel == sources.all_features && full * unit == pixel) {
         CopyElements<Policy>(to + inside.begin * pixel, from, inside.size() * pixel);
         return;
       }

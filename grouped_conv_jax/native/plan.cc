@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <initializer_list>
 #include <numeric>
 
 namespace grouped_conv {
@@ -13,6 +14,12 @@ constexpr int64_t kLargest = int64_t{1} << 30;
 // Bytes that should stay in a core's own cache, with room for what passes through.
 constexpr int64_t kWindowBytes = 256 << 10;
 constexpr int64_t kWeightBytes = 256 << 10;
+
+// What a worker can need is less, or the request is refused.
+constexpr int64_t kMostBytes = int64_t{1} << 33;
+
+// Of all slices of the kernel's gradient, if there are several.
+constexpr int64_t kSumBytes = 32 << 20;
 
 // A pixel is read in pieces of at least so many vectors, a row of so many columns.
 constexpr int64_t kFewestVectors = 4;
@@ -29,6 +36,17 @@ int64_t Blocks(int64_t size, int64_t largest) { return (size + largest - 1) / la
 // The size of equal blocks, as large as `largest` at most.
 int64_t Balanced(int64_t size, int64_t largest) {
   return Blocks(size, Blocks(size, std::max<int64_t>(largest, 1)));
+}
+
+// No more than kMostBytes, however much it is.
+int64_t Product(std::initializer_list<int64_t> factors) {
+  int64_t product = 1;
+  for (int64_t factor : factors) {
+    if (__builtin_mul_overflow(product, factor, &product) || product > kMostBytes) {
+      return kMostBytes;
+    }
+  }
+  return product;
 }
 
 int64_t Aligned(int64_t bytes) { return Blocks(bytes, kAlignment) * kAlignment; }
@@ -131,7 +149,7 @@ std::string Check(const Request& r) {
   return "";
 }
 
-void MakePlan(const Request& request, const Engine& engine, Plan* plan) {
+bool MakePlan(const Request& request, const Engine& engine, Plan* plan) {
   Request r = Flattened(request);
   Job& job = plan->job;
   bool is_sum = r.contraction == Contraction::kWgrad;
@@ -184,13 +202,15 @@ void MakePlan(const Request& request, const Engine& engine, Plan* plan) {
   auto packed = [&](int64_t vectors, int64_t rows, int64_t columns) {
     int64_t sources = Blocks(vectors, job.vectors_in_group);
     int64_t lines = job.axes[0].positions(rows);
-    int64_t bytes = Aligned(lines * job.axes[1].positions(columns) *
-                            job.pixel_size(sources, engine.element_bytes) * engine.element_bytes);
+    // Of a chunk that has fewer sources a pixel may be larger: see `pixel_size`.
+    int64_t pixel = sources * job.unit + kAlignment / engine.element_bytes;
+    int64_t bytes = Product({lines, job.axes[1].positions(columns), pixel, engine.element_bytes});
     if (is_sum) {
-      bytes += Aligned(vectors * rows * Blocks(columns, engine.pair) * job.lanes *
-                       engine.element_bytes);
+      bytes += Product({vectors, rows, Blocks(columns, engine.pair), job.lanes,
+                        engine.element_bytes});
     }
-    return bytes + Aligned(lines * static_cast<int64_t>(sizeof(int64_t)));
+    bytes += Product({lines, static_cast<int64_t>(sizeof(int64_t))});
+    return std::min(Aligned(bytes + 3 * kAlignment), kMostBytes);
   };
   int64_t vector_bytes = std::max<int64_t>(job.vector_size() * engine.element_bytes, 1);
   int64_t all_rows = job.axes[0].phases[0].count, all_columns = job.axes[1].phases[0].count;
@@ -251,11 +271,13 @@ void MakePlan(const Request& request, const Engine& engine, Plan* plan) {
   job.chunks = chunks();
   job.chunks_first = job.vectors * vector_bytes > 2 * kWeightBytes;
   int64_t tiles = job.batch * job.axes[0].tiles * job.axes[1].tiles;
-  job.slices = is_sum ? std::clamp<int64_t>(Blocks(wanted, job.chunks), 1, tiles) : 1;
+  int64_t most = std::max<int64_t>(kSumBytes / (job.vectors * vector_bytes), 1);
+  job.slices = is_sum ? std::clamp<int64_t>(Blocks(wanted, job.chunks), 1, std::min(tiles, most)) : 1;
   plan->tasks = job.chunks * (is_sum ? job.slices : tiles);
   plan->workers = std::min(r.threads, plan->tasks);
   job.scratch_bytes = packed(job.chunk, job.rows_at_once, job.axes[1].tile);
-  plan->packed_bytes = Aligned(job.slices * job.vectors * vector_bytes);
+  plan->packed_bytes = Aligned(Product({job.slices, job.vectors, vector_bytes}));
+  return job.scratch_bytes < kMostBytes && plan->packed_bytes < kMostBytes;
 }
 
 }  // namespace grouped_conv

@@ -38,8 +38,9 @@ struct Plan {
 // An empty string, or what is wrong with the request.
 std::string Check(const Request& request);
 
-// Of a request that has been checked. The arrays are left to the caller.
-void MakePlan(const Request& request, const Engine& engine, Plan* plan);
+// Of a request that has been checked; false if it would take more memory than there can be. The
+// arrays are left to the caller.
+bool MakePlan(const Request& request, const Engine& engine, Plan* plan);
 
 }  // namespace grouped_conv
 

@@ -16,7 +16,7 @@
 #include <type_traits>
 #include <utility>
 
-#ifdef __AVX512BF16__
+#ifdef GROUPED_CONV_PAIRS
 #include <immintrin.h>
 #endif
 
@@ -123,7 +123,7 @@ struct Bfloat16 {
   static INLINE void MultiplyAdd(Sum& sum, Sum x, Sum y) { sum += x * y; }
 };
 
-#ifdef __AVX512BF16__
+#ifdef GROUPED_CONV_PAIRS
 // Two in an element, whose products are added up by one instruction.
 struct Bfloat16Pair {
   using Kernels = Bfloat16Pair;

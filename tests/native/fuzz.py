@@ -63,9 +63,12 @@ class Case:
         # Small, so that there can be many; now and then large enough for several tiles.
         groups = int(draw.integers(1, max(2, 130 // max(inputs, outputs))))
         is_large = draw.random() < 0.03
+        has_many = draw.random() < 0.01  # Groups, for several chunks.
+        if has_many:
+            groups = int(draw.integers(100, max(101, 4000 // max(inputs, outputs))))
         lhs, out, taps, strides, lhs_dilation, rhs_dilation, low = [], [], [], [], [], [], []
         for axis in range(2):
-            size = int(draw.integers(1, 90 if is_large and axis else 18))
+            size = int(draw.integers(1, 8 if has_many else 90 if is_large and axis else 18))
             k = pick(1, 1, 2, 3, 3, 3, 4, 5, 7)
             s, d = pick(1, 1, 1, 2, 2, 3, 4), pick(1, 1, 1, 2, 3)
             gaps = pick(1, 1, 1, 1, 2, 3)
