@@ -5,8 +5,6 @@ padding, strides and dilations are their own affair. 16 bits are multiplied in p
 processor can do so, and added up in 32.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np

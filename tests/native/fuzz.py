@@ -204,7 +204,7 @@ class Kernels:
         while (name := self.library.instruction_set(len(names))) is not None:
             names.append(name.decode())
         self.sets = {name: i for i, name in enumerate(names) if name}
-        self.buffers = [Guarded(4096) for _ in range(3)]
+        self.buffers = [Guarded(32768) for _ in range(3)]
 
     def compute(self, case: Case, instruction_set: str, *operands: np.ndarray) -> np.ndarray:
         shapes, (first, second, result) = case.shapes, case.roles
