@@ -34,8 +34,10 @@ def test_a_compiler_that_fails_is_no_error(installed, monkeypatch, capfd):
     data = install()
     assert data == {"artifacts": ["grouped_conv_jax/native/failure.txt"]}
     assert not (folder / build.LIBRARY).exists()
-    assert (folder / build.FAILURE).read_text() == "false failed: no error message\n"
-    assert "without native kernels: false failed" in capfd.readouterr().err
+    assert (
+        folder / build.FAILURE
+    ).read_text() == "when it was installed, false failed: no error message\n"
+    assert "without native kernels: when it was installed, false failed" in capfd.readouterr().err
 
 
 def test_no_compiler_is_no_error(installed, monkeypatch):
@@ -51,7 +53,7 @@ def test_a_compiler_that_is_not_there_is_no_error(installed, monkeypatch):
     install, folder = installed
     monkeypatch.setenv("CXX", "no-such-compiler -O2")
     install()
-    assert "no-such-compiler does not run" in (folder / build.FAILURE).read_text()
+    assert "no-such-compiler did not run" in (folder / build.FAILURE).read_text()
 
 
 def test_no_headers_are_no_error(installed, monkeypatch):
@@ -67,6 +69,12 @@ def test_it_can_be_left_out(installed, monkeypatch):
     monkeypatch.setenv("GROUPED_CONV_JAX_NATIVE", "off")
     install()
     assert "GROUPED_CONV_JAX_NATIVE=off" in (folder / build.FAILURE).read_text()
+
+
+def test_what_it_cannot_be_is_an_error(installed, monkeypatch):
+    monkeypatch.setenv("GROUPED_CONV_JAX_NATIVE", "OFF")
+    with pytest.raises(ValueError, match="auto, off or required, got 'OFF'"):
+        installed[0]()
 
 
 def test_it_can_be_required(installed, monkeypatch):

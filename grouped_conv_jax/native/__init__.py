@@ -50,8 +50,10 @@ def _library() -> ctypes.CDLL:
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """Those that the kernels are compiled for and that this processor has, the best first."""
-    return tuple(filter(None, _compiled_for()))
+    """Those that the kernels are compiled for and that this processor has, the best first; none if
+    there are no kernels.
+    """
+    return () if missing() else tuple(filter(None, _compiled_for()))
 
 
 def _compiled_for() -> list[str]:
@@ -63,5 +65,13 @@ def _compiled_for() -> list[str]:
 
 
 def use_instruction_set(name: str) -> None:
-    """From now on this one is the best that is used, in all calls of the process."""
+    """From now on this one is the best that is used, in all calls of the process.
+
+    Raises:
+      ValueError: it is not one of `instruction_sets()`.
+    """
+    if name not in instruction_sets():
+        raise ValueError(
+            f"unknown instruction set {name!r}; known: {', '.join(instruction_sets())}"
+        )
     _library().grouped_conv_use_instruction_set(_compiled_for().index(name))

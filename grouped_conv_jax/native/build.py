@@ -66,8 +66,11 @@ def install(folder: Path, build_data: dict[str, Any]) -> None:
 
     Raises:
       Failure: it is required, and cannot be compiled.
+      ValueError: GROUPED_CONV_JAX_NATIVE is something else than it can be.
     """
     wanted = os.environ.get("GROUPED_CONV_JAX_NATIVE", "auto")
+    if wanted not in ("auto", "off", "required"):
+        raise ValueError(f"GROUPED_CONV_JAX_NATIVE is auto, off or required, got {wanted!r}")
     try:
         if wanted == "off":
             raise Failure("GROUPED_CONV_JAX_NATIVE=off when it was installed")
@@ -197,11 +200,12 @@ def run(command: list[str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
-        raise Failure(f"{command[0]} does not run: {error}") from error
+        raise Failure(f"when it was installed, {command[0]} did not run: {error}") from error
     if done.returncode:
         print(done.stderr, file=sys.stderr)
         lines = [line for line in done.stderr.splitlines() if "error" in line]
-        raise Failure(f"{command[0]} failed: {(lines or ['no error message'])[0]}")
+        problem = (lines or ["no error message"])[0]
+        raise Failure(f"when it was installed, {command[0]} failed: {problem}")
     return done.stdout
 
 
