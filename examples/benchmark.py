@@ -51,6 +51,9 @@ class Options:
     shape: Annotated[Eight | None, tyro.conf.arg(metavar="N H W CIN COUT K STRIDE G")] = None
     """One convolution of your own, padded by half of the kernel."""
 
+    batch: int | None = None
+    """Examples in each of the named ones; by default as many as a CPU has enough of, 4 to 16."""
+
     modes: tuple[Mode, ...] = MODES
     """What to compute: the output, the gradients, or all three at once."""
 
@@ -68,6 +71,11 @@ class Options:
 
     budget: float = 1.0
     """Seconds of timed calls after which a contender is not called again in a row."""
+
+    in_flight: int | None = None
+    """Calls that are started before they are waited for; by default 1 on a CPU, 20 elsewhere.
+
+    Launching a program may take longer than the program, and in training that is hidden."""
 
     quick: bool = False
     """A glance: three workloads, unless others are named, and fewer calls."""
@@ -95,7 +103,8 @@ class Options:
                 raise ValueError(f"unknown workload {name!r}; known: {', '.join(WORKLOADS)}")
         own = [Workload.of("shape", self.shape)] if self.shape else []
         names = self.workloads or (() if own else QUICK if self.quick else WORKLOADS)
-        return [WORKLOADS[name] for name in dict.fromkeys(names)] + own
+        named = [WORKLOADS[name] for name in dict.fromkeys(names)]
+        return [w.with_batch(self.batch) if self.batch else w for w in named] + own
 
     def settings(self) -> Settings:
         """How to time them.
@@ -105,7 +114,13 @@ class Options:
         """
         for name in self.implementations:
             check_name(None if name == "all" else name)
-        for name, value in {"turns": self.turns, "calls": self.calls}.items():
+        in_flight = self.in_flight or (1 if jax.default_backend() == "cpu" else 20)
+        for name, value in {
+            "turns": self.turns,
+            "calls": self.calls,
+            "in-flight": in_flight,
+            "batch": self.batch or 1,
+        }.items():
             if value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
         if not self.modes:
@@ -118,6 +133,7 @@ class Options:
             implementations=(
                 implementations() if "all" in self.implementations else self.implementations
             ),
+            in_flight=in_flight,
         )
 
     def make_folders(self) -> None:
@@ -147,7 +163,7 @@ class Options:
             value = getattr(self, field.name)
             if value == field.default or field.name in ("output", "picture", "markdown", "from_"):
                 continue
-            words.append(f"--{field.name}")
+            words.append(f"--{field.name.replace('_', '-')}")
             if value is not True:
                 words.extend(map(str, value if isinstance(value, tuple) else (value,)))
         return " ".join(words)
@@ -168,8 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # Seconds of compilation are not those of reading a file.
         jax.config.update("jax_enable_compilation_cache", False)
         modes = tuple(dict.fromkeys(options.modes))
-        run = measure(workloads, modes, settings, options.command, console)
-        run.save(options.result_file)
+        run = measure(workloads, modes, settings, options, console)
         console.print(f"wrote {options.result_file}")
     for mode in run.modes:
         Console(width=WIDE).print(tables.table(run, mode))
@@ -189,10 +204,10 @@ def measure(
     workloads: Sequence[Workload],
     modes: Sequence[Mode],
     settings: Settings,
-    command: str,
+    options: Options,
     console: Console,
 ) -> Run:
-    """All rows, with a progress bar."""
+    """All rows, with a progress bar; the result file has them as soon as they are there."""
     environment = machine.environment()
     if (load := environment["load_average"]) and load > BUSY:
         console.print(f"other programs are running (load average {load:.1f}): times will be long")
@@ -210,14 +225,15 @@ def measure(
     ):
         bar = progress.add_task("roofline", total=len(workloads) * len(modes))
         roofline = machine.roofline(settings.dtype)
-        rows = []
+        how = {**dataclasses.asdict(settings), "command": options.command}
+        run = Run(environment, how, roofline, [])
         for workload in workloads:
             for mode in modes:
                 progress.update(bar, description=f"{workload.name} {mode}")
-                rows.append(measured(workload, mode, settings, roofline))
+                run.rows.append(measured(workload, mode, settings, roofline))
+                run.save(options.result_file)
                 progress.advance(bar)
-    how = {**dataclasses.asdict(settings), "command": command}
-    return Run(environment, how, roofline, rows)
+    return run
 
 
 if __name__ == "__main__":

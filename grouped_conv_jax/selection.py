@@ -7,6 +7,8 @@ from grouped_conv_jax.devices import DeviceKind
 from grouped_conv_jax.spec import Contraction, ConvSpec
 from grouped_conv_jax.tuning import Choices
 
+GPUS = ("cuda", "rocm")
+
 
 def choose(contraction: Contraction, spec: ConvSpec, platform: str, is_export: bool = False) -> str:
     """The automatic choice.
@@ -24,14 +26,41 @@ def choose(contraction: Contraction, spec: ConvSpec, platform: str, is_export: b
     - one group, groups that are so few and small that any detour is longer, and sizes that are not
       known yet: `"xla"`.
 
-    `"xla"` everywhere else, where nothing has been measured. `"vmap"` becomes the same convolutions
-    as `"xla"` by a longer way, and `"packed"` spoils neighbouring groups where there are infinities
-    or NaN: both are there to be asked for.
+    On GPUs, as measured on an H100 (benchmarks/gpu-*.json):
+
+    - the kernel's gradient: `"lax"`, which becomes cuDNN's;
+    - the input's gradient of a depthwise convolution with strides: `"taps"`, phase by phase;
+    - the output and the input's gradient of up to four groups of at least 64 features: `"dense"`;
+    - all others: `"xla"`, which is lax's own convolution as well.
+
+    Elsewhere, where nothing has been measured, lax's own: `"lax"` for the kernel's gradient, `"xla"`
+    for the others. `"vmap"` becomes the same convolutions as `"xla"` by a longer way, and `"packed"`
+    spoils neighbouring groups where there are infinities or NaN: both are there to be asked for.
     """
-    if platform != "cpu" or spec.is_symbolic or spec.is_empty:
+    if platform != "cpu":
+        preferred = _preferred(contraction, spec, platform)
+        able = unsupported(preferred, contraction, spec, platform, is_export) is None
+        return preferred if able else "xla"
+    if spec.is_symbolic or spec.is_empty:
         return "xla"
     able = [n for n in TABLE if unsupported(n, contraction, spec, platform, is_export) is None]
     return min(able, key=lambda name: expected_seconds(name, contraction, spec, platform))
+
+
+def _preferred(contraction: Contraction, spec: ConvSpec, platform: str) -> str:
+    """Of those that are made for accelerators, if it supports this."""
+    groups = spec.feature_group_count
+    if spec.is_empty or (isinstance(groups, int) and groups == 1):
+        return "xla"
+    if contraction == "wgrad":
+        return "lax"
+    if platform in GPUS and not spec.is_symbolic:
+        inputs, outputs = spec.group_width
+        if contraction == "dgrad" and inputs == 1 and max(spec.window_strides, default=1) > 1:
+            return "taps"
+        if groups <= 4 and min(inputs, outputs) >= 64:
+            return "dense"
+    return "xla"
 
 
 def expected_seconds(name: str, contraction: Contraction, spec: ConvSpec, platform: str) -> float:

@@ -1,14 +1,29 @@
-"""Settings for every test: several CPU devices, and no silent change of dtype or rank."""
+"""Settings for every test: several CPU devices, and no silent change of dtype or rank.
+
+`pytest --platform cuda tests/test_values.py` runs tests on a GPU: those of what is computed, that
+do not count devices.
+"""
 
 from collections.abc import Generator, Iterator
 
 import jax
 import pytest
 
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--platform", default="cpu", help="of JAX: cpu, cuda, rocm or tpu")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    platform = config.getoption("--platform")
+    jax.config.update("jax_platforms", platform if platform == "cpu" else f"{platform},cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+    if platform != "cpu":
+        # The factors of float32 products have fewer bits there unless they are asked for.
+        jax.config.update("jax_default_matmul_precision", "highest")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -31,6 +31,7 @@ def module(**functions) -> types.ModuleType:
 def test_the_names_are_those_of_the_table():
     assert implementations() == (
         "xla",
+        "lax",
         "vmap",
         "dense",
         "taps",
@@ -137,7 +138,7 @@ def test_one_entry_in_the_table_adds_an_implementation(monkeypatch):
 
 def test_without_its_entry_an_implementation_is_unknown():
     (case,) = named("NCHW")
-    with pytest.raises(ValueError, match=r"unknown implementation 'counted'; known: xla, vmap"):
+    with pytest.raises(ValueError, match=r"unknown implementation 'counted'; known: xla, lax"):
         case.conv("counted")(*case.random()[:2])
 
 
@@ -159,7 +160,7 @@ def test_what_an_implementation_does_not_support_is_not_done_by_another(monkeypa
     }[how]
     with pytest.raises(NotImplementedError) as refusal:
         call()
-    for part in ("'nothing'", "fprop", "cpu", reason, "xla, vmap"):
+    for part in ("'nothing'", "fprop", "cpu", reason, "xla, lax"):
         assert part in str(refusal.value)
 
 

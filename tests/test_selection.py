@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -85,13 +86,46 @@ def test_the_choice_without_native_kernels_is_what_the_docstring_says(name):
     assert chosen == CHOICES[name]
 
 
-@pytest.mark.parametrize("platform", ["cuda", "rocm", "tpu", "another platform"])
-def test_where_nothing_has_been_measured_the_choice_is_lax(platform):
-    for workload in WORKLOADS.values():
-        for contraction in CONTRACTIONS:
-            assert selection.choose(contraction, spec_of(workload), platform) == "xla"
-            seconds = selection.expected_seconds("xla", contraction, spec_of(workload), platform)
-            assert seconds == math.inf
+@pytest.mark.parametrize("platform", ["tpu", "another platform"])
+@every_workload
+def test_where_nothing_has_been_measured_the_choice_is_lax(name, platform):
+    spec = spec_of(WORKLOADS[name])
+    for contraction, expected in zip(CONTRACTIONS, ("xla", "xla", "lax"), strict=True):
+        assert selection.choose(contraction, spec, platform) == expected
+        assert selection.expected_seconds("xla", contraction, spec, platform) == math.inf
+
+
+GPU_CHOICES = {
+    "alexnet_conv4": ("dense", "dense", "lax"),
+    "alexnet_conv5": ("dense", "dense", "lax"),
+    "shufflenet_1x1": ("dense", "dense", "lax"),
+    "mobilenet_dw_stride2": ("xla", "taps", "lax"),
+}
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm"])
+@every_workload
+def test_the_choice_on_a_gpu_is_what_the_docstring_says(name, platform):
+    spec = spec_of(WORKLOADS[name])
+    chosen = tuple(selection.choose(contraction, spec, platform) for contraction in CONTRACTIONS)
+    assert chosen == GPU_CHOICES.get(name, ("xla", "xla", "lax"))
+
+
+def test_one_group_is_left_to_a_gpu():
+    spec = spec_of(Workload.of("one group", (2, 8, 8, 64, 64, 3, 2, 1)))
+    for contraction in CONTRACTIONS:
+        assert selection.choose(contraction, spec, "cuda") == "xla"
+
+
+def test_the_gradient_on_a_gpu_is_laxs_own_program():
+    """To the letter, so that XLA finds in it what it knows of cuDNN."""
+    workload = WORKLOADS["resnext_s3"]
+    programs = []
+    for conv in (grouped_conv, jax.lax.conv_general_dilated):
+        traced = jax.jit(function(conv, workload, "wgrad")).trace(*arrays(workload, "wgrad"))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        programs.append(re.findall(r"stablehlo\.convolution.*", text))
+    assert programs[0] == programs[1] != []
 
 
 @pytest.mark.usefixtures("no_native_kernels")

@@ -27,6 +27,7 @@ def environment() -> dict[str, Any]:
         "device_kind": jax.devices()[0].device_kind,
         "cpu": _cpu_name(),
         "cores": cores(),
+        "xla_flags": os.environ.get("XLA_FLAGS"),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "grouped_conv_jax": grouped_conv_jax.__version__,

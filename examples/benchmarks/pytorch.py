@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.contenders import Contender
+from benchmarks.contenders import Contender, some_examples
 from benchmarks.workloads import MADE, Mode, Workload
 from grouped_conv_jax.spec import Role
 
@@ -85,19 +85,20 @@ def by_torch(
 
     def call() -> Any:
         with torch.inference_mode():
-            return _done(calls[mode]())
+            return calls[mode]()
 
     try:
-        call()
+        _done(call())
     except RuntimeError as error:
         # Such as a dtype that it has no kernel for.
         raise NotImplementedError(str(error).partition("\n")[0]) from error
     return Contender(
-        call=call,
+        start=call,
         results=lambda tensors: [
-            tensor.double().cpu().numpy().transpose(np.argsort(_TO_NCHW[role]))
+            some_examples(role, tensor).double().cpu().numpy().transpose(np.argsort(_TO_NCHW[role]))
             for role, tensor in zip(MADE[mode], tensors, strict=True)
         ],
+        wait=_done,
     )
 
 

@@ -1,6 +1,7 @@
 """A row: who takes part, whether all compute the same, and how long they take."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from benchmarks.contenders import LAX, Contender, by_jax, ours
 from benchmarks.machine import Roofline
 from benchmarks.measure import interleaved
 from benchmarks.results import WRONG, Row, Timing
-from benchmarks.workloads import Mode, Workload
+from benchmarks.workloads import USED, Mode, Workload
 
 TOLERANCES = {"float64": 1e-9, "float32": 1e-2, "float16": 5e-2, "bfloat16": 1e-1}
 """The largest error of any element, in shares of the root mean square of all.
@@ -30,6 +31,8 @@ class Settings:
     calls: int
     budget: float
     implementations: Sequence[str] = ()
+    in_flight: int = 1
+    """Calls that are started, and then waited for together."""
 
 
 def measured(workload: Workload, mode: Mode, settings: Settings, roofline: Roofline) -> Row:
@@ -42,13 +45,18 @@ def measured(workload: Workload, mode: Mode, settings: Settings, roofline: Roofl
             left_out[name] = f"{WRONG}: {error:.1e} away from lax"
             del contenders[name]
     times = interleaved(
-        {name: contender.call for name, contender in contenders.items()},
+        {
+            name: functools.partial(contender.call, settings.in_flight)
+            for name, contender in contenders.items()
+        },
         turns=settings.turns,
         calls=settings.calls,
         budget=settings.budget,
     )
     timings = {
-        name: Timing.of(times[name], contender, errors[name])
+        name: Timing.of(
+            [seconds / settings.in_flight for seconds in times[name]], contender, errors[name]
+        )
         for name, contender in contenders.items()
     }
     flops = workload.flops(mode)
@@ -71,9 +79,10 @@ def prepared(
 ) -> tuple[dict[str, Contender], dict[str, str]]:
     """The contenders by name, compiled; and who does not do this, and why."""
     operands = workload.random()
+    arrays = {role: jnp.asarray(operands[role], settings.dtype) for role in USED[mode]}
 
     def jax_contender(conv: Callable) -> Callable[[], Contender]:
-        return lambda: by_jax(conv, workload, mode, operands, settings.dtype)
+        return lambda: by_jax(conv, workload, mode, arrays)
 
     def torch_contender(memory_format: str) -> Callable[[], Contender]:
         return lambda: pytorch.by_torch(memory_format, workload, mode, operands, settings.dtype)

@@ -27,7 +27,9 @@ def markdown(run: Run) -> str:
     """A page with all tables."""
     names = headings(run)
     rule = ["---" if name in LEFT else "--:" for name in names]
-    parts = [PAGE.format(description=description(run), **run.settings, **peaks(run))]
+    parts = [
+        PAGE.format(**{"in_flight": 1, **run.settings}, description=description(run), **peaks(run))
+    ]
     for mode in run.modes:
         lines = [names, rule, *(cells(run, row) for row in run.of_mode(mode))]
         parts.append(f"## {mode}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
@@ -148,7 +150,8 @@ PAGE = """\
 {command}
 ```
 
-Medians of interleaved calls in one process, compilation apart. `lax` is
+Medians of interleaved calls in one process, compilation apart; {in_flight} started before they are
+waited for. `lax` is
 `lax.conv_general_dilated` and its own gradients, of which only the wanted one is computed; `torch`
 is the faster one of PyTorch's two memory formats, its arrays lying in that format before. All have
 been found to compute the same. `training` is the output and both gradients of one call. A ratio is

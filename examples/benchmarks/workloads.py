@@ -89,10 +89,13 @@ class Workload:
         return {"lhs": self.lhs, "rhs": self.rhs, "out": self.out}[role]
 
     def random(self) -> dict[Role, np.ndarray]:
-        """A random input, kernel and cotangent of the output, in [-1, 1], float64."""
+        """A random input, kernel and cotangent of the output, in [-1, 1], float32."""
         draw = np.random.default_rng(zlib.crc32(self.name.encode()))
         roles: tuple[Role, ...] = ("lhs", "rhs", "out")
-        return {role: draw.uniform(-1, 1, self.shape(role)) for role in roles}
+        return {role: draw.random(self.shape(role), "float32") * 2 - 1 for role in roles}
+
+    def with_batch(self, batch: int) -> "Workload":
+        return dataclasses.replace(self, lhs=(batch, *self.lhs[1:]))
 
     def flops(self, mode: Mode) -> int:
         """Two for each multiply-add, padding counted as if it were data."""

@@ -27,6 +27,7 @@ TABLE: dict[str, ModuleType] = {
     name: importlib.import_module(f"{__name__}.{name}")
     for name in (
         "xla",
+        "lax",
         "vmap",
         "dense",
         "taps",
@@ -42,7 +43,7 @@ def implementations() -> tuple[str, ...]:
 
     >>> import grouped_conv_jax
     >>> grouped_conv_jax.implementations()
-    ('xla', 'vmap', 'dense', 'taps', 'patches', 'packed', 'native')
+    ('xla', 'lax', 'vmap', 'dense', 'taps', 'patches', 'packed', 'native')
     """
     return tuple(TABLE)
 

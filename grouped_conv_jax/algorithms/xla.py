@@ -66,7 +66,7 @@ def dgrad(out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
         padding=spec.dgrad_padding,
         lhs_dilation=spec.window_strides,
         rhs_dilation=spec.rhs_dilation,
-        layouts=(spec.layout("out"), _exchanged(spec.layout("rhs")), spec.layout("lhs")),
+        layouts=(spec.layout("out"), exchanged(spec.layout("rhs")), spec.layout("lhs")),
         result="lhs",
         spec=spec,
     )
@@ -89,7 +89,7 @@ def wgrad(lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
         padding=spec.wgrad_padding,
         lhs_dilation=spec.lhs_dilation,
         rhs_dilation=spec.window_strides,
-        layouts=tuple(_exchanged(spec.layout(role)) for role in ("lhs", "out", "rhs")),
+        layouts=tuple(exchanged(spec.layout(role)) for role in ("lhs", "out", "rhs")),
         result="rhs",
         spec=spec,
     )
@@ -130,7 +130,7 @@ def convolve(
     rhs_dilation: Sequence[int],
     dimension_numbers: lax.ConvDimensionNumbers,
     feature_group_count: int = 1,
-    **dtypes: Any,
+    **more: Any,
 ) -> jax.Array:
     """`lax.conv_general_dilated`, of any padding, and of crops that leave nothing."""
 
@@ -144,7 +144,7 @@ def convolve(
             rhs_dilation,
             dimension_numbers,
             feature_group_count,
-            **dtypes,
+            **more,
         )
 
     spatial = dimension_numbers.lhs_spec[2:]
@@ -185,6 +185,6 @@ def plainly_padded(
     return x, left, steps
 
 
-def _exchanged(layout: Sequence[int]) -> tuple[int, ...]:
+def exchanged(layout: Sequence[int]) -> tuple[int, ...]:
     first, second, *spatial = layout
     return (second, first, *spatial)
