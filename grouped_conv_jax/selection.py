@@ -33,9 +33,10 @@ def choose(contraction: Contraction, spec: ConvSpec, platform: str, is_export: b
     - the output and the input's gradient of up to four groups of at least 64 features: `"dense"`;
     - all others: `"xla"`, which is lax's own convolution as well.
 
-    Elsewhere, where nothing has been measured, lax's own: `"lax"` for the kernel's gradient, `"xla"`
-    for the others. `"vmap"` becomes the same convolutions as `"xla"` by a longer way, and `"packed"`
-    spoils neighbouring groups where there are infinities or NaN: both are there to be asked for.
+    Elsewhere, where nothing has been measured, lax's own: `"lax"` for the kernel's gradient,
+    `"xla"` for the others. `"vmap"` becomes the same convolutions as `"xla"` by a longer way, and
+    `"packed"` spoils neighbouring groups where there are infinities or NaN: both are there to be
+    asked for.
     """
     if platform != "cpu":
         preferred = _preferred(contraction, spec, platform)

@@ -46,6 +46,10 @@ INLINE void EachPhase(const Job& job, const Visit& visit) {
 // the registers hold beside some weights and inputs.
 constexpr int kMostVectors = kRegisters == 32 ? 3 : 2;
 constexpr int kMostSums = kRegisters == 32 ? 28 : 12;
+// Results of a row that are read where they are, not packed, at the least; and those beside them,
+// of which a few would take as long.
+constexpr int kShortest = kMostSums / 2, kEdge = kMostSums / 4;
+constexpr int64_t kMostUses = 40;  // Of an element that is read in place.
 constexpr int MostPixels(int64_t vectors) {
   return vectors == 1 ? kMostSums / 2 : kMostSums / static_cast<int>(vectors);
 }
@@ -64,10 +68,11 @@ using RowKernel = void (*)(const Row<Policy>&);
 template <class Policy>
 using ProductsKernel = void (*)(const Products<Policy>&);
 
-template <class Policy, bool is_scalar, int vectors, int... pixels>
+template <class Policy, bool is_scalar, int results, int vectors, int... pixels>
 RowKernel<Policy> PickRuns(int64_t count, std::integer_sequence<int, pixels...>) {
   RowKernel<Policy> kernel = nullptr;
-  ((kernel = count == pixels + 1 ? RowOfRuns<Policy, is_scalar, pixels + 1, vectors> : kernel),
+  ((kernel = count == pixels + 1 ? RowOfRuns<Policy, is_scalar, results, pixels + 1, vectors>
+                                 : kernel),
    ...);
   return kernel;
 }
@@ -95,15 +100,20 @@ constexpr bool Slides(int64_t width, int64_t taps) {
   return taps == 3 || (width == 1 && (taps == 5 || taps == 7));
 }
 template <class Policy>
-RowKernel<Policy> PickRow(const Job& job, int64_t vectors, int64_t slide, int64_t count) {
+RowKernel<Policy> PickRow(const Job& job, int64_t results, int64_t vectors, int64_t slide,
+                          int64_t count) {
   if (job.mode == Mode::kSpread) {
-    return PickRuns<Policy, false, 1>(count, UpTo<MostPixels(1)>{});
+    return PickRuns<Policy, false, 1, 1>(count, UpTo<MostPixels(1)>{});
   }
   if (job.mode == Mode::kBroadcast) {
-    if (vectors == 1) return PickRuns<Policy, true, 1>(count, UpTo<MostPixels(1)>{});
-    if (vectors == 2) return PickRuns<Policy, true, 2>(count, UpTo<MostPixels(2)>{});
+    if (results == 2) {
+      if (vectors == 1) return PickRuns<Policy, true, 2, 1>(count, UpTo<kMostSums / 2>{});
+      return PickRuns<Policy, true, 2, 2>(count, UpTo<kMostSums / 4>{});
+    }
+    if (vectors == 1) return PickRuns<Policy, true, 1, 1>(count, UpTo<MostPixels(1)>{});
+    if (vectors == 2) return PickRuns<Policy, true, 1, 2>(count, UpTo<MostPixels(2)>{});
     if constexpr (kMostVectors == 3) {
-      return PickRuns<Policy, true, 3>(count, UpTo<MostPixels(3)>{});
+      return PickRuns<Policy, true, 1, 3>(count, UpTo<MostPixels(3)>{});
     }
   }
   switch (job.outputs) {
@@ -116,39 +126,57 @@ RowKernel<Policy> PickRow(const Job& job, int64_t vectors, int64_t slide, int64_
 
 // Rows of one image, packed as [rows, columns, sources, unit] for the vectors of a chunk. Each has
 // a place of its own until the window has moved beyond it; where they are is in `lines`, in order.
+// Or, if `is_direct`, they are where they are in the image, and nothing is packed: of columns that
+// are all inside, where a packed row would be a copy (see `IsCopy`).
 template <class Policy>
 class Window {
  public:
   using Element = typename Policy::Element;
 
-  // `columns` is a tile; pairs are of features if `pair_step` is 0. Memory is taken from `scratch`.
-  Window(const Job& job, int64_t image, Span vectors, Span columns, int64_t pair_step,
-         char** scratch)
-      : job_(job), pair_step_(pair_step), rows_(job.window_rows()) {
+  // `columns` is a tile, or a part of it; pairs are of features if `pair_step` is 0. Memory is taken
+  // from `scratch`.
+  Window(const Job& job, int64_t image, Span vectors, Span columns, bool is_direct,
+         int64_t pair_step, char** scratch)
+      : job_(job), is_direct_(is_direct), pair_step_(pair_step), rows_(job.window_rows()) {
     const Axis& axis = job.axes[1];
     first_source_ = job.source_of(vectors.begin);
     int64_t features = job.groups_in_vector * job.inputs, all = job.groups * job.inputs;
     sources_ = {first_source_ * features, features,
                 job.source_of(vectors.end - 1) - first_source_ + 1, all};
     columns_ = {axis.low + columns.begin * axis.step * axis.grain, axis.grain,
-                axis.positions(columns.size()), axis.operand};
+                columns.size() > 0 ? axis.positions(columns.size()) : 0, axis.operand};
     image_ = static_cast<const typename Policy::Stored*>(job.operand) +
              image * job.axes[0].operand * axis.operand * all;
     lines = reinterpret_cast<int64_t*>(*scratch);
     *scratch += Blocks(rows_ * sizeof(int64_t), kAlignment) * kAlignment;
     base_ = reinterpret_cast<Element*>(*scratch);
-    *scratch += Blocks(rows_ * row() * sizeof(Element), kAlignment) * kAlignment;
+    if (!is_direct) *scratch += Blocks(rows_ * row() * sizeof(Element), kAlignment) * kAlignment;
   }
 
-  int64_t pixel() const { return job_.pixel_size(sources_.count, sizeof(Element)); }
-  int64_t row() const { return columns_.count * pixel(); }
+  // Elements from column to column.
+  int64_t pixel() const {
+    if (is_direct_) return columns_.step * sources_.all_features;
+    return job_.pixel_size(sources_.count, sizeof(Element));
+  }
   const Element* of(int64_t vector) const {
-    return base_ + (job_.source_of(vector) - first_source_) * job_.unit;
+    int64_t source = job_.source_of(vector);
+    if constexpr (std::is_same_v<Element, typename Policy::Stored>) {
+      if (is_direct_) {
+        return image_ + columns_.first * sources_.all_features + source * job_.unit;
+      }
+    }
+    return base_ + (source - first_source_) * job_.unit;
   }
 
   // Moves to the rows that the results from row number `result` on read.
   void MoveTo(int64_t result) {
-    int64_t first = result * job_.axes[0].step;
+    const Axis& axis = job_.axes[0];
+    int64_t first = result * axis.step;
+    if (is_direct_) {
+      int64_t row = columns_.size * sources_.all_features;
+      for (int64_t i = 0; i < rows_; i++) lines[i] = (axis.low + (first + i) * axis.grain) * row;
+      return;
+    }
     for (int64_t i = 0; i < rows_; i++) lines[i] = (first + i) % rows_ * row();
     for (int64_t i = Larger(first, packed_); i < first + rows_; i++) Pack(i);
     packed_ = first + rows_;
@@ -157,6 +185,7 @@ class Window {
   int64_t* lines;
 
  private:
+  int64_t row() const { return columns_.count * pixel(); }
   void Pack(int64_t number) {
     const Axis& axis = job_.axes[0];
     int64_t position = axis.low + number * axis.grain;
@@ -181,6 +210,7 @@ class Window {
   }
 
   const Job& job_;
+  bool is_direct_;
   int64_t pair_step_, rows_, first_source_;
   Sources sources_;
   Positions columns_;
@@ -188,6 +218,47 @@ class Window {
   Element* base_;
   int64_t packed_ = 0;  // Rows before this one have been.
 };
+
+// Whether what is packed of pixels is what they are in the image: whole vectors of several groups.
+template <class Policy>
+bool IsCopy(const Job& job) {
+  return std::is_same_v<typename Policy::Stored, typename Policy::Element> &&
+         job.mode == Mode::kRotate && job.groups * job.inputs % kLanes<Policy> == 0;
+}
+
+// Whether the operand is read in place. If each element is used often, a copy of it pays, since that
+// lies closer together.
+template <class Policy>
+bool ReadsInPlace(const Job& job) {
+  return IsCopy<Policy>(job) &&
+         job.taps * job.terms <= kMostUses * job.axes[0].step * job.axes[1].step;
+}
+
+// The results of a tile along the columns in up to three parts: the middle one, number 1, reads
+// nothing but columns that are inside, and is empty if it would be short; the others have `edge`
+// columns, or more if those read something outside.
+INLINE void SplitColumns(const Axis& axis, Span columns, bool has_middle, int64_t edge,
+                         Span (&parts)[3]) {
+  Span middle{columns.begin, has_middle ? columns.end : columns.begin};
+  for (int64_t i = 0; i < axis.phase_count; i++) {
+    const Phase& q = axis.phases[i];
+    if (q.taps == 0) continue;
+    int64_t step = q.step * axis.grain;
+    for (int64_t tap : {int64_t{0}, q.taps - 1}) {
+      int64_t first = axis.low + (q.first + tap * q.gap) * axis.grain;
+      Span inside = Inside(first, step, middle.end, axis.operand);
+      middle = {Larger(middle.begin, inside.begin), inside.end};
+    }
+  }
+  if (middle.begin > columns.begin) middle.begin = Larger(middle.begin, columns.begin + edge);
+  if (middle.end < columns.end) middle.end = Smaller(middle.end, columns.end - edge);
+  // The edges are packed, in the memory that all columns would take.
+  bool is_long = middle.size() >= kShortest && middle.size() * axis.step >= axis.span;
+  if (!is_long) middle = {columns.begin, columns.begin};
+  parts[0] = {columns.begin, middle.begin};
+  parts[1] = middle;
+  parts[2] = {middle.end, columns.end};
+}
 
 // Output or gradient of the input: the results of all phases in a tile.
 template <class Policy>
@@ -209,62 +280,83 @@ void Correlate(const Job& job, int64_t number, void* scratch) {
   Span all_rows = SpanOf(row_axis, row_axis.phases[0], row_tile);
   Span all_columns = SpanOf(column_axis, column_axis.phases[0], column_tile);
   char* memory = static_cast<char*>(scratch);
-  Window<Policy> window(job, image, vectors, all_columns, 0, &memory);
+  Span parts[3];
+  SplitColumns(column_axis, all_columns, ReadsInPlace<Policy>(job), kEdge, parts);
+  Window<Policy> windows[3] = {{job, image, vectors, parts[0], false, 0, &memory},
+                               {job, image, vectors, parts[1], true, 0, &memory},
+                               {job, image, vectors, parts[2], false, 0, &memory}};
 
-  for (int64_t j = all_rows.begin; j < all_rows.end; j++) {
-    window.MoveTo(j);
-    EachPhase(job, [&](const Phase& p, const Phase& q, int64_t offset) {
-      Span columns = SpanOf(column_axis, q, column_tile);
-      if (j >= p.count || columns.size() <= 0) return;
-      Row<Policy> row;
-      // Rows of zeros need no multiplications.
-      Span taps = Inside(row_axis.low + (p.first + j * p.step) * row_axis.grain,
-                         p.gap * row_axis.grain, q.taps ? p.taps : 0, row_axis.operand);
-      row.lines = window.lines + p.first + taps.begin * p.gap;
-      row.line_gap = p.gap;
-      row.rows = taps.size();
-      row.columns = q.taps;
-      row.run = job.terms;
-      row.column_gap = q.gap * window.pixel();
-      row.step = q.step * window.pixel();
-      row.weights_row = q.taps * job.terms * lanes;
-      row.weights_column = job.terms * lanes;
-      row.weights_vector = job.vector_size();
-      row.result_step = q.period * all_outputs;
-      if (job.mode != Mode::kRotate && row.column_gap == job.unit) {
-        row.run *= row.columns;  // Neighbours: one run.
-        row.columns = 1;
-      }
-      bool slides = q.step == 1 && q.gap == 1;
-      int64_t slide = slides && Slides(job.outputs, q.taps) ? q.taps : 0;
-      auto* line = result + (p.residue + j * p.period) * column_axis.results * all_outputs;
-      auto compute = [&](int64_t v, int64_t together, int64_t c, int64_t count) {
-        row.weights = weights + v * job.vector_size() + offset + taps.begin * row.weights_row;
-        row.lanes = static_cast<int32_t>(job.valid_lanes(v + together - 1));
-        row.operand = window.of(v) + q.first * window.pixel() + c * row.step;
-        row.result = line + (q.residue + (columns.begin + c) * q.period) * all_outputs +
-                     job.first_output(v);
-        PickRow<Policy>(job, together, slide, count)(row);
-      };
-      if (job.mode == Mode::kBroadcast) {
-        // The weights are more than the pixels: each is used for the whole row.
-        for (int64_t v = vectors.begin, together; v < vectors.end; v += together) {
-          together = Together(job, vectors, v);
-          for (int64_t c = 0, size; c < columns.size(); c += size) {
-            int64_t left = columns.size() - c;
-            size = Blocks(left, Blocks(left, MostPixels(together)));
-            compute(v, together, c, size);
-          }
-        }
-      } else {
-        // Pixels outside, features inside: that is the order in memory.
+  // Row `j` of the results of one phase, or two rows from there on, as far as they are in `columns`.
+  auto correlate = [&](const Window<Policy>& window, Span columns, int64_t j, int64_t results,
+                       const Phase& p, const Phase& q, int64_t offset) {
+    Row<Policy> row;
+    // Rows of zeros need no multiplications, if they are that for all results.
+    auto inside = [&](int64_t j) {
+      return Inside(row_axis.low + (p.first + j * p.step) * row_axis.grain, p.gap * row_axis.grain,
+                    q.taps ? p.taps : 0, row_axis.operand);
+    };
+    Span taps = inside(j);
+    if (results == 2) {
+      Span others = inside(j + 1);
+      taps = {Smaller(taps.begin, others.begin), Larger(taps.end, others.end)};
+    }
+    row.next_line = p.step;
+    row.next_result = p.period * column_axis.results * all_outputs;
+    row.lines = window.lines + p.first + taps.begin * p.gap;
+    row.line_gap = p.gap;
+    row.rows = taps.size();
+    row.columns = q.taps;
+    row.run = job.terms;
+    row.column_gap = q.gap * window.pixel();
+    row.step = q.step * window.pixel();
+    row.weights_row = q.taps * job.terms * lanes;
+    row.weights_column = job.terms * lanes;
+    row.weights_vector = job.vector_size();
+    row.result_step = q.period * all_outputs;
+    if (job.mode != Mode::kRotate && row.column_gap == job.unit) {
+      row.run *= row.columns;  // Neighbours: one run.
+      row.columns = 1;
+    }
+    bool slides = q.step == 1 && q.gap == 1;
+    int64_t slide = slides && Slides(job.outputs, q.taps) ? q.taps : 0;
+    auto* line = result + (p.residue + j * p.period) * column_axis.results * all_outputs;
+    auto compute = [&](int64_t v, int64_t together, int64_t c, int64_t count) {
+      row.weights = weights + v * job.vector_size() + offset + taps.begin * row.weights_row;
+      row.lanes = static_cast<int32_t>(job.valid_lanes(v + together - 1));
+      row.operand = window.of(v) + q.first * window.pixel() + c * row.step;
+      row.result = line + (q.residue + (columns.begin + c) * q.period) * all_outputs +
+                   job.first_output(v);
+      PickRow<Policy>(job, results, together, slide, count)(row);
+    };
+    if (job.mode == Mode::kBroadcast) {
+      // The weights are more than the pixels: each is used for the whole row.
+      for (int64_t v = vectors.begin, together; v < vectors.end; v += together) {
+        together = Together(job, vectors, v);
         for (int64_t c = 0, size; c < columns.size(); c += size) {
           int64_t left = columns.size() - c;
-          size = Blocks(left, Blocks(left, MostPixels(1)));
-          for (int64_t v = vectors.begin; v < vectors.end; v++) compute(v, 1, c, size);
+          size = Blocks(left, Blocks(left, MostPixels(together)));
+          compute(v, together, c, size);
         }
       }
-    });
+    } else {
+      // Pixels outside, features inside: that is the order in memory.
+      for (int64_t c = 0, size; c < columns.size(); c += size) {
+        int64_t left = columns.size() - c;
+        size = Blocks(left, Blocks(left, MostPixels(1)));
+        for (int64_t v = vectors.begin; v < vectors.end; v++) compute(v, 1, c, size);
+      }
+    }
+  };
+  for (int64_t j = all_rows.begin; j < all_rows.end; j += job.rows_at_once) {
+    for (int i = 0; i < 3; i++) {
+      if (parts[i].size() <= 0) continue;
+      windows[i].MoveTo(j);
+      EachPhase(job, [&](const Phase& p, const Phase& q, int64_t offset) {
+        Span columns{parts[i].begin, Smaller(parts[i].end, q.count)};
+        int64_t rows = Smaller(Smaller(job.rows_at_once, all_rows.end - j), p.count - j);
+        if (rows > 0 && columns.size() > 0) correlate(windows[i], columns, j, rows, p, q, offset);
+      });
+    }
   }
 }
 
@@ -321,30 +413,49 @@ ProductsKernel<Policy> PickProducts(const Job& job, int64_t tap_rows, int64_t ta
   }
 }
 
-// The output's gradient in some rows, packed as [rows, columns, vectors, lanes].
+// The same of both operands of the kernel's gradient, which are read again for each few sums.
+template <class Policy>
+bool SumsInPlace(const Job& job) {
+  return IsCopy<Policy>(job) && job.outputs == 1 && job.taps <= kMostSums / 2;
+}
+
+// The output's gradient in some rows, packed as [rows, columns, vectors, lanes], or where it is.
 template <class Policy>
 class Gradient {
  public:
   using Element = typename Policy::Element;
 
   Gradient(const Job& job, int64_t image, Span vectors, char* scratch)
-      : job_(job), vectors_(vectors), base_(reinterpret_cast<Element*>(scratch)) {
+      : job_(job), vectors_(vectors), packed_(reinterpret_cast<Element*>(scratch)) {
     all_ = job.groups * job.outputs;
     image_ = static_cast<const typename Policy::Stored*>(job.other) +
              image * job.axes[0].results * job.axes[1].results * all_;
   }
 
-  void Pack(const Phase& p, const Phase& q, Span rows, Span columns) {
+  // The results of a phase.
+  void MoveTo(const Phase& p, const Phase& q, Span rows, Span columns) {
     constexpr int64_t lanes = kLanes<Policy>, pair = Policy::pair;
     const Axis& axis = job_.axes[1];
-    rows_ = rows.size();
     this->columns = Blocks(columns.size(), pair);
+    if constexpr (std::is_same_v<Element, typename Policy::Stored>) {
+      if (SumsInPlace<Policy>(job_)) {
+        int64_t row = p.residue + rows.begin * p.period;
+        int64_t column = q.residue + columns.begin * q.period;
+        base_ = image_ + (row * axis.results + column) * all_ + job_.first_output(vectors_.begin);
+        pixel_ = q.period * all_;
+        row_ = p.period * axis.results * all_;
+        return;
+      }
+    }
+    base_ = packed_;
+    pixel_ = vectors_.size() * lanes;
+    row_ = this->columns * pixel_;
     Positions positions{q.residue + columns.begin * q.period, q.period * pair, this->columns,
                         axis.results};
-    for (int64_t r = 0; r < rows_; r++) {
+    for (int64_t r = 0; r < rows.size(); r++) {
       const auto* line =
           image_ + (p.residue + (rows.begin + r) * p.period) * axis.results * all_;
-      Element* to = base_ + r * row();
+      Element* to = packed_ + r * row_;
       // The vectors of a group that does not fill its last one overlap if they are seen as evenly
       // spaced.
       bool are_even = job_.outputs % lanes == 0 || job_.mode != Mode::kBroadcast;
@@ -357,13 +468,14 @@ class Gradient {
         Sources sources{first, width, step, all_};
         if (!are_even) sources.features = job_.valid_lanes(v);
         PackRow<Policy>(line, positions, sources, pair == 2 ? q.period : 0,
-                        to + (v - vectors_.begin) * lanes, lanes, pixel(), PackLanes<Policy>());
+                        to + (v - vectors_.begin) * lanes, lanes, pixel_, PackLanes<Policy>());
       }
     }
   }
 
-  int64_t pixel() const { return vectors_.size() * kLanes<Policy>; }
-  int64_t row() const { return columns * pixel(); }
+  // Elements from column to column, and from row to row.
+  int64_t pixel() const { return pixel_; }
+  int64_t row() const { return row_; }
   const Element* of(int64_t vector) const {
     return base_ + (vector - vectors_.begin) * kLanes<Policy>;
   }
@@ -373,8 +485,9 @@ class Gradient {
  private:
   const Job& job_;
   Span vectors_;
-  Element* base_;
-  int64_t all_, rows_;
+  Element* packed_;
+  const Element* base_ = nullptr;
+  int64_t all_, pixel_ = 0, row_ = 0;
   const typename Policy::Stored* image_;
 };
 
@@ -451,19 +564,39 @@ void SumProducts(const Job& job, int64_t number, void* scratch) {
     int64_t row_tile = place % tiles / column_axis.tiles, column_tile = place % column_axis.tiles;
     Span all_rows = SpanOf(row_axis, row_axis.phases[0], row_tile);
     Span all_columns = SpanOf(column_axis, column_axis.phases[0], column_tile);
-    char* memory = static_cast<char*>(scratch);
     int64_t pair_step = pair == 2 ? column_axis.step * column_axis.grain : 0;
-    Window<Policy> window(job, image, vectors, all_columns, pair_step, &memory);
-    Gradient<Policy> gradient(job, image, vectors, memory);
-    for (int64_t j = all_rows.begin; j < all_rows.end; j += job.rows_at_once) {
-      window.MoveTo(j);
-      EachPhase(job, [&](const Phase& p, const Phase& q, int64_t offset) {
-        Span rows{j, Smaller(Smaller(j + job.rows_at_once, all_rows.end), p.count)};
-        Span columns = SpanOf(column_axis, q, column_tile);
-        if (rows.size() <= 0 || columns.size() <= 0 || p.taps * q.taps == 0) return;
-        gradient.Pack(p, q, rows, columns);
-        sum(p, q, offset, rows, window, gradient);
-      });
+    // Some rows that are all inside, or are not, of the operand.
+    auto sum_rows = [&](Span all_rows, bool are_inside) {
+      char* memory = static_cast<char*>(scratch);
+      Span parts[3];
+      SplitColumns(column_axis, all_columns, are_inside && SumsInPlace<Policy>(job), 1, parts);
+      Window<Policy> windows[3] = {
+          {job, image, vectors, parts[0], false, pair_step, &memory},
+          {job, image, vectors, parts[1], true, pair_step, &memory},
+          {job, image, vectors, parts[2], false, pair_step, &memory}};
+      Gradient<Policy> gradient(job, image, vectors, memory);
+      for (int64_t j = all_rows.begin; j < all_rows.end; j += job.rows_at_once) {
+        for (int i = 0; i < 3; i++) {
+          if (parts[i].size() <= 0) continue;
+          windows[i].MoveTo(j);
+          EachPhase(job, [&](const Phase& p, const Phase& q, int64_t offset) {
+            Span rows{j, Smaller(Smaller(j + job.rows_at_once, all_rows.end), p.count)};
+            Span columns{parts[i].begin, Smaller(parts[i].end, q.count)};
+            if (rows.size() <= 0 || columns.size() <= 0 || p.taps * q.taps == 0) return;
+            gradient.MoveTo(p, q, rows, columns);
+            sum(p, q, offset, rows, windows[i], gradient);
+          });
+        }
+      }
+    };
+    auto are_inside = [&](int64_t j) {
+      int64_t first = row_axis.low + j * row_axis.step * row_axis.grain;
+      return 0 <= first && first + (job.window_rows() - 1) * row_axis.grain < row_axis.operand;
+    };
+    for (int64_t j = all_rows.begin, next; j < all_rows.end; j = next) {
+      bool inside = are_inside(j);
+      for (next = j; next < all_rows.end && are_inside(next) == inside;) next += job.rows_at_once;
+      sum_rows({j, Smaller(next, all_rows.end)}, inside);
     }
   }
 }
@@ -478,6 +611,7 @@ constexpr Engine MakeEngine(const char* name) {
   engine.pair = Policy::pair;
   engine.largest_rotation = lanes / 2 < 8 ? lanes / 2 : 8;
   engine.vectors_at_once = kMostVectors;
+  engine.sums_at_once = kMostSums;
   engine.pack_weights = PackWeights<Policy>;
   engine.correlate = Correlate<Policy>;
   engine.sum_products = SumProducts<Policy>;

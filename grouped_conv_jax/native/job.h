@@ -122,6 +122,7 @@ struct Engine {
   int64_t pair;              // Stored elements in a packed one.
   int64_t largest_rotation;  // Width of the groups that kRotate takes.
   int64_t vectors_at_once;   // Of one group, that a kernel computes together.
+  int64_t sums_at_once;      // Vectors of sums that a kernel keeps in registers.
   void (*pack_weights)(const Job&, int64_t vector);
   void (*correlate)(const Job&, int64_t task, void* scratch);
   void (*sum_products)(const Job&, int64_t task, void* scratch);

@@ -31,15 +31,18 @@ struct Row {
   int64_t weights_row, weights_column, weights_vector;  // In elements.
   typename Policy::Stored* result;
   int64_t result_step;
+  int64_t next_line, next_result;  // From a row of results to the next one, if there are two.
   int32_t lanes;  // Of the last vector.
 };
 
-template <class Policy, int pixels, int vectors>
-INLINE void StoreRow(const Row<Policy>& row, typename Policy::Sum (&sums)[pixels][vectors]) {
+// Some of the sums, as the pixels of a row.
+template <class Policy, int first, int pixels, int all, int vectors>
+INLINE void StoreRow(const Row<Policy>& row, typename Policy::Stored* result,
+                     typename Policy::Sum (&sums)[all][vectors]) {
   constexpr int lanes = kLanes<Policy>;
   UNROLL for (int p = 0; p < pixels; p++) {
     UNROLL for (int v = 0; v < vectors; v++) {
-      StoreSums<Policy>(row.result + p * row.result_step + v * lanes, sums[p][v],
+      StoreSums<Policy>(result + p * row.result_step + v * lanes, sums[first + p][v],
                         v == vectors - 1 ? row.lanes : lanes);
     }
   }
@@ -86,31 +89,40 @@ struct Input {
   }
 };
 
-template <class Policy, bool is_scalar, int pixels, int vectors>
+// Of one row of results, or of two, for which each weight is loaded once.
+template <class Policy, bool is_scalar, int results, int pixels, int vectors>
 void RowOfRuns(const Row<Policy>& row) {
   using V = Vector<typename Policy::Element>;
   using In = Input<Policy, is_scalar>;
-  typename Policy::Sum sums[pixels][vectors];
-  UNROLL for (int p = 0; p < pixels; p++) {
+  using Pixels = SpacedPixels<typename Policy::Element, pixels>;
+  constexpr int all = results * pixels;
+  typename Policy::Sum sums[all][vectors];
+  UNROLL for (int p = 0; p < all; p++) {
     UNROLL for (int v = 0; v < vectors; v++) sums[p][v] = typename Policy::Sum{};
   }
   for (int64_t i = 0; i < row.rows; i++) {
     for (int64_t j = 0; j < row.columns; j++) {
-      SpacedPixels<typename Policy::Element, pixels> operand(
-          row.operand + row.lines[i * row.line_gap] + j * row.column_gap, row.step);
+      const auto* column = row.operand + j * row.column_gap;
+      const int64_t* line = row.lines + i * row.line_gap;
+      Pixels first(column + line[0], row.step);
+      Pixels second(column + line[results == 2 ? row.next_line : 0], row.step);
       const auto* weights = row.weights + i * row.weights_row + j * row.weights_column;
       for (int64_t k = 0; k < row.run; k++, weights += kLanes<Policy>) {
         V w[vectors];
         UNROLL for (int v = 0; v < vectors; v++) w[v] = Load<V>(weights + v * row.weights_vector);
-        UNROLL for (int p = 0; p < pixels; p++) {
-          V x = In::Read(operand[p]);
+        UNROLL for (int p = 0; p < all; p++) {
+          V x = In::Read(p < pixels ? first[p] : second[p - pixels]);
           UNROLL for (int v = 0; v < vectors; v++) Policy::MultiplyAdd(sums[p][v], x, w[v]);
         }
-        operand.Advance(In::size);
+        first.Advance(In::size);
+        if (results == 2) second.Advance(In::size);
       }
     }
   }
-  StoreRow<Policy>(row, sums);
+  StoreRow<Policy, 0, pixels>(row, row.result, sums);
+  if constexpr (results == 2) {
+    StoreRow<Policy, pixels, pixels>(row, row.result + row.next_result, sums);
+  }
 }
 
 // Groups of `width` lanes, turned by `turn`; all pixels for one input.
@@ -166,7 +178,7 @@ INLINE void RowOfTurns(const Row<Policy>& row, std::integer_sequence<int, turn..
       }
     }
   }
-  StoreRow<Policy>(row, sums);
+  StoreRow<Policy, 0, pixels>(row, row.result, sums);
 }
 template <class Policy, int width, int taps, int pixels>
 void RowOfRotations(const Row<Policy>& row) {

@@ -209,8 +209,9 @@ bool MakePlan(const Request& request, const Engine& engine, Plan* plan) {
       bytes += Product({vectors, rows, Blocks(columns, engine.pair), job.lanes,
                         engine.element_bytes});
     }
-    bytes += Product({lines, static_cast<int64_t>(sizeof(int64_t))});
-    return std::min(Aligned(bytes + 3 * kAlignment), kMostBytes);
+    // Of up to three windows.
+    bytes += Product({3, lines, static_cast<int64_t>(sizeof(int64_t))});
+    return std::min(Aligned(bytes + 8 * kAlignment), kMostBytes);
   };
   int64_t vector_bytes = std::max<int64_t>(job.vector_size() * engine.element_bytes, 1);
   int64_t all_rows = job.axes[0].phases[0].count, all_columns = job.axes[1].phases[0].count;
@@ -242,6 +243,12 @@ bool MakePlan(const Request& request, const Engine& engine, Plan* plan) {
   if (is_sum) {
     rows = std::clamp<int64_t>(kPixels / columns, 1, all_rows);
     while (rows > 1 && packed(job.chunk, rows, columns) > kWindowBytes) rows = Blocks(rows, 2);
+  }
+  // Two short rows use each weight twice as often.
+  int64_t in_row = all_columns * job.vectors_in_group;
+  if (!is_sum && job.mode == Mode::kBroadcast && job.vectors_in_group <= 2 &&
+      2 * in_row <= engine.sums_at_once) {
+    rows = std::min<int64_t>(2, all_rows);
   }
   job.rows_at_once = rows;
   auto chunks = [&] {

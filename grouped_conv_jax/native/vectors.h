@@ -16,7 +16,7 @@
 #include <type_traits>
 #include <utility>
 
-#ifdef GROUPED_CONV_PAIRS
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -51,6 +51,30 @@ INLINE V Load(const T* from) {
 template <class V, class T>
 INLINE void Store(T* to, V v) {
   memcpy(to, &v, sizeof(V));
+}
+
+// The first `count` lanes, by one instruction where there is one: sums that are looked at lane by lane
+// would not stay in registers before.
+template <class V, class T>
+INLINE void StoreFirst(T* to, V v, int count) {
+#ifdef __AVX512F__
+  uint32_t mask = ~(~uint32_t{0} << (count & 31));
+  if constexpr (sizeof(V) == 64 && sizeof(T) == 4) {
+    _mm512_mask_storeu_ps(to, static_cast<__mmask16>(mask), (__m512)v);
+    return;
+  } else if constexpr (sizeof(V) == 64 && sizeof(T) == 8) {
+    _mm512_mask_storeu_pd(to, static_cast<__mmask8>(mask), (__m512d)v);
+    return;
+  } else if constexpr (sizeof(V) == 32 && sizeof(T) == 2) {
+    _mm256_mask_storeu_epi16(to, static_cast<__mmask16>(mask), (__m256i)v);
+    return;
+  }
+#endif
+  if (count == sizeof(V) / sizeof(T)) {
+    Store(to, v);
+  } else {
+    for (int i = 0; i < count; i++) to[i] = T{v[i]};
+  }
 }
 
 // Lane i is lane (i + by) of the same `width` lanes: 0 1 2 3 | 4 5 6 7 is 1 2 3 0 | 5 6 7 4.
@@ -144,21 +168,11 @@ constexpr int kLanes = kVectorBytes / sizeof(typename Policy::Element);
 // The first `count` lanes to memory.
 template <class Policy>
 INLINE void StoreSums(typename Policy::Stored* to, typename Policy::Sum sum, int count) {
-  constexpr int lanes = kLanes<Policy>;
   if constexpr (std::is_same_v<typename Policy::Stored, Bfloat16Stored>) {
     using Half = Vector<uint16_t, kVectorBytes / 2>;
-    Half half = __builtin_convertvector(NarrowedBits((Vector<uint32_t>)sum), Half);
-    if (count == lanes) {
-      Store(to, half);
-    } else {
-      for (int i = 0; i < count; i++) to[i].bits = half[i];
-    }
+    StoreFirst(to, __builtin_convertvector(NarrowedBits((Vector<uint32_t>)sum), Half), count);
   } else {
-    if (count == lanes) {
-      Store(to, sum);
-    } else {
-      for (int i = 0; i < count; i++) to[i] = sum[i];
-    }
+    StoreFirst(to, sum, count);
   }
 }
 

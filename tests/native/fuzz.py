@@ -12,6 +12,7 @@ undefined behaviour sanitizers, and the program starts again with their librarie
 import argparse
 import ctypes
 import dataclasses
+import math
 import mmap
 import os
 import subprocess
@@ -66,6 +67,9 @@ class Case:
         has_many = draw.random() < 0.01  # Groups, for several chunks.
         if has_many:
             groups = int(draw.integers(100, max(101, 4000 // max(inputs, outputs))))
+        if draw.random() < 0.3:  # Pixels that are whole vectors may be read where they are.
+            step = 16 // math.gcd(16, inputs)
+            groups = -(-groups // step) * step
         lhs, out, taps, strides, lhs_dilation, rhs_dilation, low = [], [], [], [], [], [], []
         for axis in range(2):
             size = int(draw.integers(1, 8 if has_many else 90 if is_large and axis else 18))
