@@ -78,6 +78,30 @@ def test_every_width_by_every_instruction_set(width, name, only):
         assert_matches_the_oracle(found, case, operands)
 
 
+PLACES = {
+    "in place": conv2d((2, 9, 40, 32), (3, 3, 1, 32), 32),
+    "in place, edges only": conv2d((2, 9, 16, 32), (3, 7, 1, 32), 32, padding=((1, 1), (3, 3))),
+    "in place, stride": conv2d((2, 13, 61, 32), (3, 3, 4, 32), 8, strides=(2, 2)),
+    "in place, cropped": conv2d((2, 9, 50, 16), (3, 3, 1, 16), 16, padding=((-1, 2), (-3, 4))),
+    "in place, wide padding": conv2d((1, 5, 40, 16), (3, 3, 1, 16), 16, padding=((4, 4), (6, 0))),
+    "in place, far taps": conv2d((1, 30, 40, 16), (3, 3, 1, 16), 16, dilation=(9, 11)),
+    "two short rows": conv2d((2, 14, 14, 64), (3, 3, 16, 64), 4),
+    "two short rows, odd": conv2d((2, 7, 7, 96), (3, 3, 32, 96), 3),
+    "two short rows, stride": conv2d((2, 13, 13, 48), (3, 3, 24, 48), 2, strides=(2, 2)),
+    "one short row": conv2d((2, 1, 12, 64), (1, 3, 32, 64), 2),
+}
+
+
+@every_instruction_set
+@pytest.mark.parametrize("place", PLACES)
+def test_where_rows_are_read(place, name, only):
+    only(name)
+    case = PLACES[place]
+    operands = case.random()
+    found = value_and_gradients(case.conv("native"))(*operands)
+    assert_matches_the_oracle(found, case, operands)
+
+
 @pytest.mark.usefixtures("x64")
 @every_instruction_set
 @pytest.mark.parametrize("width", WIDTHS[::2], ids=str)
@@ -140,9 +164,11 @@ def test_the_same_bits_from_run_to_run():
                 np.testing.assert_array_equal(a, b)
 
 
-def test_from_several_host_threads_at_once():
-    compute = jax.jit(value_and_gradients(LARGE.conv("native")))
-    operands = LARGE.random()
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_from_several_host_threads_at_once(dtype):
+    case = LARGE if dtype == np.float32 else conv2d((4, 40, 40, 64), (3, 3, 32, 64), 2)
+    compute = jax.jit(value_and_gradients(case.conv("native")))
+    operands = case.random(dtype)
     expected = compute(*operands)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         for found in pool.map(lambda _: compute(*operands), range(64)):

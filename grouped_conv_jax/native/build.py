@@ -41,6 +41,7 @@ BASELINE = ("-march=x86-64",)
 INSTRUCTION_SETS = {
     "avx512": (*BASELINE, *AVX512),
     "avx512_bf16": (*BASELINE, *AVX512, "-mavx512bf16", "-DGROUPED_CONV_PAIRS"),
+    "amx_bf16": (*BASELINE, *AVX512, "-mamx-tile", "-mamx-bf16", "-DGROUPED_CONV_TILES"),
     "avx2": (*BASELINE, "-mavx2", "-mfma"),
     "portable": BASELINE,
 }

@@ -44,6 +44,23 @@ inline void AskForHugePages(void* data, int64_t bytes) {
 #endif
 }
 
+// Of bfloat16 not all convolutions can be computed in pairs or in tiles.
+inline const Engine* BestEngine(const Request& r, Type type) {
+  if (type == Type::kBfloat16) {
+    bool is_sum = r.contraction == Contraction::kWgrad;
+    // A tile is as wide as a vector, and a part of the inputs as deep as it is, or nearly.
+    bool fits_tiles = !is_sum && r.outputs > 8 && r.inputs % 8 == 0;
+    if (const Engine* tiles = EngineFor(Type::kBfloat16Tile); tiles && fits_tiles) return tiles;
+    // Pairs of features must be whole; with one input, there is one product for each output.
+    // Pairs of pixels must be, too: what stood in for the other one might be infinite.
+    const Dimension& columns = r.dimensions[1];
+    bool has_pairs = is_sum ? r.inputs * r.outputs > 1 && columns.gaps == 1 && columns.results % 2 == 0
+                            : r.inputs % 2 == 0;
+    if (const Engine* pairs = EngineFor(Type::kBfloat16Pair); pairs && has_pairs) return pairs;
+  }
+  return EngineFor(type);
+}
+
 // The operands in the order of the contraction: input and kernel, gradient of the output and
 // kernel, input and gradient of the output. Shapes are those of the request, which `Check` has
 // passed. A pool is what `ParallelFor` takes. Throws std::bad_alloc.
@@ -51,17 +68,7 @@ template <class Pool>
 void Compute(const Request& request, Type type, Pool& pool, const void* first, const void* second,
              void* result, int64_t result_bytes) {
   bool is_sum = request.contraction == Contraction::kWgrad;
-  const Engine* engine = EngineFor(type);
-  // Pairs of features must be whole; with one input, there is one product for each output.
-  // Pairs of pixels must be, too: what stood in for the other one might be infinite.
-  bool has_pairs = request.inputs % 2 == 0;
-  if (is_sum) {
-    const Dimension& columns = request.dimensions[1];
-    has_pairs = request.inputs * request.outputs > 1 && columns.gaps == 1 && columns.results % 2 == 0;
-  }
-  if (type == Type::kBfloat16 && has_pairs) {
-    if (const Engine* pairs = EngineFor(Type::kBfloat16Pair)) engine = pairs;
-  }
+  const Engine* engine = BestEngine(request, type);
   if (engine == nullptr) throw std::runtime_error("no kernels for this type");
   Plan plan;
   if (!MakePlan(request, *engine, &plan)) throw std::bad_alloc();

@@ -5,6 +5,7 @@
 #include "job.h"
 #include "kernels.h"
 #include "packing.h"
+#include "tiles.h"
 #include "vectors.h"
 
 namespace grouped_conv {
@@ -53,14 +54,17 @@ constexpr int64_t kMostUses = 40;  // Of an element that is read in place.
 constexpr int MostPixels(int64_t vectors) {
   return vectors == 1 ? kMostSums / 2 : kMostSums / static_cast<int>(vectors);
 }
+template <class Policy>
+constexpr int kVectorsTogether = Policy::is_tiled ? 2 : kMostVectors;
 template <int most>
 using UpTo = std::make_integer_sequence<int, most>;
 
 // The vectors from `v` on that are computed together: equal parts of a group.
+template <class Policy>
 INLINE int64_t Together(const Job& job, Span vectors, int64_t v) {
   int64_t in_group = job.vectors_in_group - v % job.vectors_in_group;
   int64_t left = Smaller(vectors.end - v, in_group);
-  return Blocks(left, Blocks(left, kMostVectors));
+  return Blocks(left, Blocks(left, kVectorsTogether<Policy>));
 }
 
 template <class Policy>
@@ -122,6 +126,12 @@ RowKernel<Policy> PickRow(const Job& job, int64_t results, int64_t vectors, int6
     case 4: return PickRotation<Policy, 4>(slide, count);
     default: return PickRotation<Policy, 8>(slide, count);
   }
+}
+
+template <class Policy>
+void (*PickTiles(int64_t blocks, int64_t vectors))(const TileRow<Policy>&) {
+  if (blocks == 2) return vectors == 2 ? RowOfTiles<Policy, 2, 2> : RowOfTiles<Policy, 2, 1>;
+  return vectors == 2 ? RowOfTiles<Policy, 1, 2> : RowOfTiles<Policy, 1, 1>;
 }
 
 // Rows of one image, packed as [rows, columns, sources, unit] for the vectors of a chunk. Each has
@@ -286,6 +296,7 @@ void Correlate(const Job& job, int64_t number, void* scratch) {
                                {job, image, vectors, parts[1], true, 0, &memory},
                                {job, image, vectors, parts[2], false, 0, &memory}};
 
+  [[maybe_unused]] TileShapes shapes;
   // Row `j` of the results of one phase, or two rows from there on, as far as they are in `columns`.
   auto correlate = [&](const Window<Policy>& window, Span columns, int64_t j, int64_t results,
                        const Phase& p, const Phase& q, int64_t offset) {
@@ -320,30 +331,61 @@ void Correlate(const Job& job, int64_t number, void* scratch) {
     bool slides = q.step == 1 && q.gap == 1;
     int64_t slide = slides && Slides(job.outputs, q.taps) ? q.taps : 0;
     auto* line = result + (p.residue + j * p.period) * column_axis.results * all_outputs;
-    auto compute = [&](int64_t v, int64_t together, int64_t c, int64_t count) {
+    // From the results of some vectors from column `c` on.
+    auto move_to = [&](int64_t v, int64_t together, int64_t c) {
       row.weights = weights + v * job.vector_size() + offset + taps.begin * row.weights_row;
       row.lanes = static_cast<int32_t>(job.valid_lanes(v + together - 1));
       row.operand = window.of(v) + q.first * window.pixel() + c * row.step;
       row.result = line + (q.residue + (columns.begin + c) * q.period) * all_outputs +
                    job.first_output(v);
-      PickRow<Policy>(job, results, together, slide, count)(row);
     };
-    if (job.mode == Mode::kBroadcast) {
-      // The weights are more than the pixels: each is used for the whole row.
+    if constexpr (Policy::is_tiled) {
+      if (results == 1) row.next_line = 0;
       for (int64_t v = vectors.begin, together; v < vectors.end; v += together) {
-        together = Together(job, vectors, v);
+        together = Together<Policy>(job, vectors, v);
+        TileRow<Policy> tiles{};
+        tiles.depth = TileDepth(row.run);
+        // Two blocks of a row, or one of each of two rows.
         for (int64_t c = 0, size; c < columns.size(); c += size) {
           int64_t left = columns.size() - c;
-          size = Blocks(left, Blocks(left, MostPixels(together)));
-          compute(v, together, c, size);
+          size = tiles.first = Blocks(left, Blocks(left, kTileRows));
+          if (results == 2) {
+            tiles.second = tiles.first;
+            tiles.next_result = row.next_result;
+          } else {
+            tiles.second = Smaller(left - tiles.first, tiles.first);
+            tiles.next_pixel = tiles.first * row.step;
+            tiles.next_result = tiles.first * row.result_step;
+            size += tiles.second;
+          }
+          move_to(v, together, c);
+          tiles.row = row;
+          shapes.Set(tiles.first, tiles.second > 0 ? tiles.second : 1, tiles.depth);
+          PickTiles<Policy>(tiles.second > 0 ? 2 : 1, together)(tiles);
         }
       }
     } else {
-      // Pixels outside, features inside: that is the order in memory.
-      for (int64_t c = 0, size; c < columns.size(); c += size) {
-        int64_t left = columns.size() - c;
-        size = Blocks(left, Blocks(left, MostPixels(1)));
-        for (int64_t v = vectors.begin; v < vectors.end; v++) compute(v, 1, c, size);
+      auto compute = [&](int64_t v, int64_t together, int64_t c, int64_t count) {
+        move_to(v, together, c);
+        PickRow<Policy>(job, results, together, slide, count)(row);
+      };
+      if (job.mode == Mode::kBroadcast) {
+        // The weights are more than the pixels: each is used for the whole row.
+        for (int64_t v = vectors.begin, together; v < vectors.end; v += together) {
+          together = Together<Policy>(job, vectors, v);
+          for (int64_t c = 0, size; c < columns.size(); c += size) {
+            int64_t left = columns.size() - c;
+            size = Blocks(left, Blocks(left, MostPixels(together)));
+            compute(v, together, c, size);
+          }
+        }
+      } else {
+        // Pixels outside, features inside: that is the order in memory.
+        for (int64_t c = 0, size; c < columns.size(); c += size) {
+          int64_t left = columns.size() - c;
+          size = Blocks(left, Blocks(left, MostPixels(1)));
+          for (int64_t v = vectors.begin; v < vectors.end; v++) compute(v, 1, c, size);
+        }
       }
     }
   };
@@ -528,7 +570,7 @@ void SumProducts(const Job& job, int64_t number, void* scratch) {
     int64_t run = neighbours ? q.taps * job.terms : job.terms;
     int64_t columns_apart = neighbours ? 1 : q.taps;
     for (int64_t v = vectors.begin, together; v < vectors.end; v += together) {
-      together = Together(job, vectors, v);
+      together = Together<Policy>(job, vectors, v);
       for (int64_t i = 0, tap_rows; i < p.taps; i += tap_rows) {
         bool has_few = !turns && together == 1 && run <= kInputsOfRows;
         tap_rows = has_few && p.taps - i >= kTapRows ? kTapRows : 1;
@@ -600,6 +642,22 @@ void SumProducts(const Job& job, int64_t number, void* scratch) {
     }
   }
 }
+
+#ifdef GROUPED_CONV_TILES
+constexpr Engine MakeTileEngine(const char* name) {
+  using Policy = Bfloat16Tile;
+  Engine engine{};
+  engine.name = name;
+  engine.lanes = kLanes<Policy>;
+  engine.element_bytes = sizeof(typename Policy::Element);
+  engine.pair = Policy::pair;
+  engine.vectors_at_once = kVectorsTogether<Policy>;
+  engine.rows_of_pixels = kTileRows;
+  engine.pack_weights = PackWeights<Policy>;
+  engine.correlate = Correlate<Policy>;
+  return engine;
+}
+#endif
 
 template <class Policy>
 constexpr Engine MakeEngine(const char* name) {

@@ -2,6 +2,14 @@
 
 #include <atomic>
 
+#ifdef GROUPED_CONV_X86
+#include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 namespace grouped_conv {
 
 #define ENGINES(set)                    \
@@ -13,6 +21,7 @@ ENGINES(portable)
 ENGINES(avx2)
 ENGINES(avx512)
 ENGINES(avx512_bf16)
+ENGINES(amx_bf16)
 #endif
 
 namespace {
@@ -30,11 +39,29 @@ bool HasAvx512() {
   return HasAvx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+
+// Linux lets a process use tiles that has asked.
+bool HasAmx() {
+#ifdef __linux__
+  static const bool has = [] {
+    constexpr unsigned kTiles = 1u << 24, kBfloat16 = 1u << 22;  // Of edx.
+    unsigned a, b, c, d;
+    if (!HasAvx512() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    if ((d & kTiles) == 0 || (d & kBfloat16) == 0) return false;
+    constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return has;
+#else
+  return false;
+#endif
+}
 #endif
 
 // The best first.
 const InstructionSet kInstructionSets[] = {
 #ifdef GROUPED_CONV_X86
+    {"amx_bf16", amx_bf16::engines, HasAmx},
     {"avx512_bf16", avx512_bf16::engines,
      [] { return HasAvx512() && __builtin_cpu_supports("avx512bf16"); }},
     {"avx512", avx512::engines, HasAvx512},
@@ -50,6 +77,10 @@ std::atomic<int> best{0};
 }  // namespace
 
 const Engine* EngineFor(Type type) {
+#ifdef GROUPED_CONV_X86
+  // Processors with tiles multiply pairs at half the speed of 32 bits.
+  if (type == Type::kBfloat16Pair && best.load() == 0 && HasAmx()) return nullptr;
+#endif
   for (int i = best.load(); i < kCount; i++) {
     const InstructionSet& set = kInstructionSets[i];
     const Engine* engine = set.engines[static_cast<int>(type)];

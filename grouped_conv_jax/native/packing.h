@@ -16,12 +16,13 @@ INLINE int64_t Smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t Larger(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t Blocks(int64_t size, int64_t largest) { return (size + largest - 1) / largest; }
 
-// The elements of a pixel, by their number.
+// The elements of a pixel, by their number; or as many as a vector has, from one of them on.
 template <class Policy>
 struct Elements {
   const typename Policy::Stored* at;
   int64_t count;
   INLINE typename Policy::Element operator[](int64_t i) const { return Policy::Packed(at[i]); }
+  INLINE Vector<typename Policy::Element> from(int64_t i) const { return Policy::Packed(at + i); }
 };
 
 // Pairs of neighbouring features, to be multiplied and added up together.
@@ -34,6 +35,7 @@ struct FeaturePairs {
     memcpy(&pair, at + 2 * i, sizeof(pair));
     return pair;
   }
+  INLINE Vector<uint32_t> from(int64_t i) const { return Load<Vector<uint32_t>>(at + 2 * i); }
 };
 
 // Pairs of the same feature of two pixels, either of which may be outside if they `may_be`.
@@ -45,16 +47,21 @@ struct PixelPairs {
     uint32_t low = !may_be || at ? at[i].bits : 0, high = !may_be || next ? next[i].bits : 0;
     return low | high << 16;
   }
+  INLINE Vector<uint32_t> from(int64_t i) const {
+    Vector<uint32_t> low{}, high{};
+    if (!may_be || at) low = Extended(at + i);
+    if (!may_be || next) high = Extended(next + i);
+    return low | high << 16;
+  }
 };
 
 // Up to a vector of them, zeros after the last.
 template <class Policy, class Source>
 INLINE Vector<typename Policy::Element> LoadElements(const Source& from) {
   constexpr int lanes = kLanes<Policy>;
+  if (from.count == lanes) return from.from(0);
   typename Policy::Element all[lanes] = {};
-  if (from.count == lanes) {
-    for (int i = 0; i < lanes; i++) all[i] = from[i];
-  } else if (from.count == lanes / 2) {
+  if (from.count == lanes / 2) {
     for (int i = 0; i < lanes / 2; i++) all[i] = from[i];
   } else {
     for (int64_t i = 0; i < from.count; i++) all[i] = from[i];
@@ -82,11 +89,7 @@ struct PackScalars {
   INLINE void operator()(typename Policy::Element* to, const Source& from) const {
     constexpr int lanes = kLanes<Policy>;
     int64_t i = 0;
-    for (; i + lanes <= from.count; i += lanes) {
-      typename Policy::Element some[lanes];
-      for (int k = 0; k < lanes; k++) some[k] = from[i + k];
-      memcpy(to + i, some, sizeof(some));
-    }
+    for (; i + lanes <= from.count; i += lanes) Store(to + i, from.from(i));
     for (; i < from.count; i++) to[i] = from[i];
   }
 };

@@ -246,10 +246,10 @@ bool MakePlan(const Request& request, const Engine& engine, Plan* plan) {
   }
   // Two short rows use each weight twice as often.
   int64_t in_row = all_columns * job.vectors_in_group;
-  if (!is_sum && job.mode == Mode::kBroadcast && job.vectors_in_group <= 2 &&
-      2 * in_row <= engine.sums_at_once) {
-    rows = std::min<int64_t>(2, all_rows);
-  }
+  bool is_short = engine.rows_of_pixels > 0
+                      ? all_columns <= engine.rows_of_pixels
+                      : job.vectors_in_group <= 2 && 2 * in_row <= engine.sums_at_once;
+  if (!is_sum && job.mode == Mode::kBroadcast && is_short) rows = std::min<int64_t>(2, all_rows);
   job.rows_at_once = rows;
   auto chunks = [&] {
     return job.chunk < job.vectors_in_group

@@ -8,6 +8,7 @@
 //   Stored    in the arrays of the caller
 //   Element   in packed arrays: as many in a vector as there are sums
 //   pair      how many stored elements, that are multiplied and added up, an Element holds
+//   is_tiled  whether whole tiles are multiplied, and not vectors (see tiles.h)
 #ifndef GROUPED_CONV_VECTORS_H_
 #define GROUPED_CONV_VECTORS_H_
 
@@ -105,7 +106,9 @@ struct Plain {
   using Element = T;
   using Sum = Vector<T>;
   static constexpr int pair = 1;
+  static constexpr bool is_tiled = false;
   static INLINE Element Packed(Stored x) { return x; }
+  static INLINE Vector<T> Packed(const Stored* from) { return Load<Vector<T>>(from); }
   static INLINE Stored Rounded(Element x) { return x; }
   static INLINE void MultiplyAdd(Sum& sum, Vector<T> x, Vector<T> y) { sum += x * y; }
 };
@@ -115,6 +118,12 @@ using Float64 = Plain<double>;
 struct Bfloat16Stored {
   uint16_t bits;
 };
+
+// A vector of them, each in 32 bits.
+INLINE Vector<uint32_t> Extended(const Bfloat16Stored* from) {
+  using Half = Vector<uint16_t, kVectorBytes / 2>;
+  return __builtin_convertvector(Load<Half>(from), Vector<uint32_t>);
+}
 
 INLINE float Widened(Bfloat16Stored x) {
   uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
@@ -142,12 +151,14 @@ struct Bfloat16 {
   using Element = float;
   using Sum = Vector<float>;
   static constexpr int pair = 1;
+  static constexpr bool is_tiled = false;
   static INLINE Element Packed(Stored x) { return Widened(x); }
+  static INLINE Sum Packed(const Stored* from) { return (Sum)(Extended(from) << 16); }
   static INLINE Stored Rounded(float x) { return Narrowed(x); }
   static INLINE void MultiplyAdd(Sum& sum, Sum x, Sum y) { sum += x * y; }
 };
 
-#ifdef GROUPED_CONV_PAIRS
+#if defined(GROUPED_CONV_PAIRS) || defined(GROUPED_CONV_TILES)
 // Two in an element, whose products are added up by one instruction.
 struct Bfloat16Pair {
   using Kernels = Bfloat16Pair;
@@ -155,10 +166,18 @@ struct Bfloat16Pair {
   using Element = uint32_t;
   using Sum = Vector<float>;
   static constexpr int pair = 2;
+  static constexpr bool is_tiled = false;
   static INLINE Stored Rounded(float x) { return Narrowed(x); }
+#ifdef GROUPED_CONV_PAIRS
   static INLINE void MultiplyAdd(Sum& sum, Vector<uint32_t> x, Vector<uint32_t> y) {
     sum = (Sum)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
   }
+#endif
+};
+
+// The same, multiplied as tiles.
+struct Bfloat16Tile : Bfloat16Pair {
+  static constexpr bool is_tiled = true;
 };
 #endif
 
