@@ -104,7 +104,7 @@ class Options:
         own = [Workload.of("shape", self.shape)] if self.shape else []
         names = self.workloads or (() if own else QUICK if self.quick else WORKLOADS)
         named = [WORKLOADS[name] for name in dict.fromkeys(names)]
-        return [w.with_batch(self.batch) if self.batch else w for w in named] + own
+        return [w if self.batch is None else w.with_batch(self.batch) for w in named] + own
 
     def settings(self) -> Settings:
         """How to time them.
@@ -114,12 +114,14 @@ class Options:
         """
         for name in self.implementations:
             check_name(None if name == "all" else name)
-        in_flight = self.in_flight or (1 if jax.default_backend() == "cpu" else 20)
+        in_flight = self.in_flight
+        if in_flight is None:
+            in_flight = 1 if jax.default_backend() == "cpu" else 20
         for name, value in {
             "turns": self.turns,
             "calls": self.calls,
             "in-flight": in_flight,
-            "batch": self.batch or 1,
+            "batch": 1 if self.batch is None else self.batch,
         }.items():
             if value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
@@ -225,7 +227,11 @@ def measure(
     ):
         bar = progress.add_task("roofline", total=len(workloads) * len(modes))
         roofline = machine.roofline(settings.dtype)
-        how = {**dataclasses.asdict(settings), "command": options.command}
+        how = {
+            **dataclasses.asdict(settings),
+            "command": options.command,
+            "rows": len(workloads) * len(modes),
+        }
         run = Run(environment, how, roofline, [])
         for workload in workloads:
             for mode in modes:

@@ -6,6 +6,7 @@ a while slows them all.
 
 import contextlib
 import functools
+import math
 import statistics
 import time
 import warnings
@@ -88,7 +89,7 @@ def _measure(
     platform, device = kind.platform, kind.device()
     subject = Subject(kind, contraction, spec_key(spec))
     first = selection.choose(contraction, spec, platform)
-    names = [n for n in TABLE if unsupported(n, contraction, spec, platform) is None]
+    names = _worth_measuring(contraction, spec, platform)
     seconds: dict[str, float | None] = {}
     runs: dict[str, Callable[[], Any]] = {}
     with _alone(spec):
@@ -105,6 +106,23 @@ def _measure(
                 runs[name] = run
         seconds.update(_medians(runs, seconds, repeats))
     return Measurement.of(subject, seconds)
+
+
+def _worth_measuring(contraction: Contraction, spec: ConvSpec, platform: str) -> list[str]:
+    """Those that support this, each function once, without what would take a thousand times as
+    long as the best.
+    """
+    names = {
+        getattr(TABLE[name], contraction): name
+        for name in reversed(TABLE)
+        if unsupported(name, contraction, spec, platform) is None
+    }
+    expected = {
+        name: selection.expected_seconds(name, contraction, spec, platform)
+        for name in names.values()
+    }
+    most = 1000 * min(expected.values(), default=math.inf)
+    return [n for n in TABLE if n in expected and not most < expected[n] < math.inf]
 
 
 def _warn(name: str, subject: Subject, error: Exception) -> None:

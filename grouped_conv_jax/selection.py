@@ -2,12 +2,12 @@
 
 import math
 
+import numpy as np
+
 from grouped_conv_jax.algorithms import TABLE, unsupported
 from grouped_conv_jax.devices import DeviceKind
 from grouped_conv_jax.spec import Contraction, ConvSpec
 from grouped_conv_jax.tuning import Choices
-
-GPUS = ("cuda", "rocm")
 
 
 def choose(contraction: Contraction, spec: ConvSpec, platform: str, is_export: bool = False) -> str:
@@ -26,11 +26,12 @@ def choose(contraction: Contraction, spec: ConvSpec, platform: str, is_export: b
     - one group, groups that are so few and small that any detour is longer, and sizes that are not
       known yet: `"xla"`.
 
-    On GPUs, as measured on an H100 (benchmarks/gpu-*.json):
+    On NVIDIA's GPUs, as measured on an H100 (benchmarks/gpu-*.json):
 
     - the kernel's gradient: `"lax"`, which becomes cuDNN's;
     - the input's gradient of a depthwise convolution with strides: `"taps"`, phase by phase;
-    - the output and the input's gradient of up to four groups of at least 64 features: `"dense"`;
+    - the output and the input's gradient of up to four groups of at least 64 features in 32 bits:
+      `"dense"`;
     - all others: `"xla"`, which is lax's own convolution as well.
 
     Elsewhere, where nothing has been measured, lax's own: `"lax"` for the kernel's gradient,
@@ -55,11 +56,12 @@ def _preferred(contraction: Contraction, spec: ConvSpec, platform: str) -> str:
         return "xla"
     if contraction == "wgrad":
         return "lax"
-    if platform in GPUS and not spec.is_symbolic:
+    if platform == "cuda" and not spec.is_symbolic:
         inputs, outputs = spec.group_width
-        if contraction == "dgrad" and inputs == 1 and max(spec.window_strides, default=1) > 1:
+        has_strides = max(spec.window_strides, default=1) > 1
+        if contraction == "dgrad" and inputs == outputs == 1 and has_strides:
             return "taps"
-        if groups <= 4 and min(inputs, outputs) >= 64:
+        if groups <= 4 and min(inputs, outputs) >= 64 and spec.dtype == np.float32:
             return "dense"
     return "xla"
 

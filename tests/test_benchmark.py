@@ -68,6 +68,12 @@ class TestInterleaved:
         assert log == ["a"] * 4 + ["b"] * 4 + ["a"] * 4 + ["b"] * 4
         assert times == {"a": [1.0] * 6, "b": [2.0] * 6}
 
+    def test_short_calls_are_warmed_up_longer(self, clock):
+        calls, log = self.contenders(clock, {"a": measure.WARM_UP / 3.5})
+        times = measure.interleaved(calls, turns=1, calls=2, budget=100)
+        assert len(log) == 4 + 2
+        assert len(times["a"]) == 2
+
     def test_who_has_used_up_the_budget_is_not_called_again(self, clock):
         calls, log = self.contenders(clock, {"slow": 10.0, "fast": 0.5})
         times = measure.interleaved(calls, turns=3, calls=4, budget=5)

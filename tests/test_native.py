@@ -148,6 +148,23 @@ def test_32_bits_of_16():
     np.testing.assert_allclose(out, oracle.forward(x, w, **case.arguments), 1e-5, 1e-5)
 
 
+@every_instruction_set
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_what_an_infinite_weight_reaches_does_not_depend_on_the_batch(dtype, name, only):
+    """Where rows are computed together, and where tiles are of fewer rows."""
+    only(name)
+    weights = np.ones((3, 3, 16, 64), dtype)
+    weights[2, 1] = np.inf
+    found = []
+    for batch in (1, 4, 8):
+        case = conv2d((batch, 14, 14, 64), weights.shape, 4)
+        found.append(np.asarray(case.conv("native")(np.ones(case.lhs, dtype), weights))[0])
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[0], found[2])
+    assert np.isfinite(np.asarray(found[0][-1], np.float32)).all()
+    assert np.isposinf(np.asarray(found[0][:-1], np.float32)).all()
+
+
 # However it is called.
 
 LARGE = conv2d((4, 40, 40, 64), (3, 3, 4, 64), 16)

@@ -86,7 +86,7 @@ def test_the_choice_without_native_kernels_is_what_the_docstring_says(name):
     assert chosen == CHOICES[name]
 
 
-@pytest.mark.parametrize("platform", ["tpu", "another platform"])
+@pytest.mark.parametrize("platform", ["rocm", "tpu", "another platform"])
 @every_workload
 def test_where_nothing_has_been_measured_the_choice_is_lax(name, platform):
     spec = spec_of(WORKLOADS[name])
@@ -103,18 +103,21 @@ GPU_CHOICES = {
 }
 
 
-@pytest.mark.parametrize("platform", ["cuda", "rocm"])
 @every_workload
-def test_the_choice_on_a_gpu_is_what_the_docstring_says(name, platform):
+def test_the_choice_on_a_gpu_is_what_the_docstring_says(name):
     spec = spec_of(WORKLOADS[name])
-    chosen = tuple(selection.choose(contraction, spec, platform) for contraction in CONTRACTIONS)
+    chosen = tuple(selection.choose(contraction, spec, "cuda") for contraction in CONTRACTIONS)
     assert chosen == GPU_CHOICES.get(name, ("xla", "xla", "lax"))
 
 
-def test_one_group_is_left_to_a_gpu():
-    spec = spec_of(Workload.of("one group", (2, 8, 8, 64, 64, 3, 2, 1)))
+def test_what_was_no_faster_on_a_gpu_is_left_to_it():
+    one_group = spec_of(Workload.of("one group", (2, 8, 8, 64, 64, 3, 2, 1)))
     for contraction in CONTRACTIONS:
-        assert selection.choose(contraction, spec, "cuda") == "xla"
+        assert selection.choose(contraction, one_group, "cuda") == "xla"
+    wide = spec_of(WORKLOADS["alexnet_conv4"], "bfloat16")
+    multiplier = spec_of(Workload.of("multiplier", (2, 8, 8, 8, 32, 3, 2, 8)))
+    for spec in (wide, multiplier):
+        assert selection.choose("dgrad", spec, "cuda") == "xla"
 
 
 def test_the_gradient_on_a_gpu_is_laxs_own_program():

@@ -19,7 +19,7 @@ WRONG = "wrong"
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """One contender in one row; seconds of a call.
+    """One contender in one row; seconds of a call, or the mean of those in flight together.
 
     Attributes:
       median, minimum, quartiles: of the timed calls.
@@ -134,7 +134,7 @@ class Run:
         return Ratios(mean, smallest, row.workload.name)
 
     def save(self, path: Path) -> None:
-        """Writes the file, with a line for each row."""
+        """Writes the file, with a line for each row; a file of before is there until this is."""
         parts = {
             "environment": json.dumps(self.environment),
             "settings": json.dumps(self.settings),
@@ -144,7 +144,9 @@ class Run:
             + "\n]",
         }
         lines = ",\n".join(f'"{name}": {part}' for name, part in parts.items())
-        path.write_text(f"{{\n{lines}\n}}\n")
+        unfinished = path.with_name(f"{path.name}.unfinished")
+        unfinished.write_text(f"{{\n{lines}\n}}\n")
+        unfinished.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> "Run":

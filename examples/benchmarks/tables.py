@@ -30,6 +30,8 @@ def markdown(run: Run) -> str:
     parts = [
         PAGE.format(**{"in_flight": 1, **run.settings}, description=description(run), **peaks(run))
     ]
+    if len(run.rows) < (rows := run.settings.get("rows", 0)):
+        parts.append(f"**The run was stopped after {len(run.rows)} of {rows} rows.**")
     for mode in run.modes:
         lines = [names, rule, *(cells(run, row) for row in run.of_mode(mode))]
         parts.append(f"## {mode}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
@@ -150,8 +152,8 @@ PAGE = """\
 {command}
 ```
 
-Medians of interleaved calls in one process, compilation apart; {in_flight} started before they are
-waited for. `lax` is
+Medians of interleaved calls in one process, after a few that are not timed, compilation apart;
+{in_flight} started before they are waited for. `lax` is
 `lax.conv_general_dilated` and its own gradients, of which only the wanted one is computed; `torch`
 is the faster one of PyTorch's two memory formats, its arrays lying in that format before. All have
 been found to compute the same. `training` is the output and both gradients of one call. A ratio is

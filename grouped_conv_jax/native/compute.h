@@ -48,7 +48,7 @@ inline void AskForHugePages(void* data, int64_t bytes) {
 inline const Engine* BestEngine(const Request& r, Type type) {
   if (type == Type::kBfloat16) {
     bool is_sum = r.contraction == Contraction::kWgrad;
-    // A tile is as wide as a vector, and a part of the inputs as deep as it is, or nearly.
+    // More than half of a tile, as wide as a vector, and a quarter of its depth or more are used.
     bool fits_tiles = !is_sum && r.outputs > 8 && r.inputs % 8 == 0;
     if (const Engine* tiles = EngineFor(Type::kBfloat16Tile); tiles && fits_tiles) return tiles;
     // Pairs of features must be whole; with one input, there is one product for each output.

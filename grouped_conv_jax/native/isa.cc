@@ -10,7 +10,7 @@ namespace INSTRUCTION_SET {
 // By `Type`. What computes with pairs or tiles has nothing else: the rest is that of AVX-512.
 extern const Engine* const engines[];
 #if defined(GROUPED_CONV_TILES)
-static constexpr Engine tiles = MakeTileEngine(NAME(INSTRUCTION_SET));
+static constexpr Engine tiles = MakeEngine<Bfloat16Tile>(NAME(INSTRUCTION_SET));
 const Engine* const engines[] = {nullptr, nullptr, nullptr, nullptr, &tiles};
 #elif defined(GROUPED_CONV_PAIRS)
 static constexpr Engine pairs = MakeEngine<Bfloat16Pair>(NAME(INSTRUCTION_SET));

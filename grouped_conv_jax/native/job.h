@@ -123,7 +123,7 @@ struct Engine {
   int64_t largest_rotation;  // Width of the groups that kRotate takes.
   int64_t vectors_at_once;   // Of one group, that a kernel computes together.
   int64_t sums_at_once;      // Vectors of sums that a kernel keeps in registers.
-  int64_t rows_of_pixels;    // Pixels of a tile, if it multiplies tiles; else 0.
+  int64_t tile_rows;         // Pixels of a tile, if it multiplies tiles; else 0.
   void (*pack_weights)(const Job&, int64_t vector);
   void (*correlate)(const Job&, int64_t task, void* scratch);
   void (*sum_products)(const Job&, int64_t task, void* scratch);

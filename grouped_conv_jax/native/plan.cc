@@ -244,12 +244,13 @@ bool MakePlan(const Request& request, const Engine& engine, Plan* plan) {
     rows = std::clamp<int64_t>(kPixels / columns, 1, all_rows);
     while (rows > 1 && packed(job.chunk, rows, columns) > kWindowBytes) rows = Blocks(rows, 2);
   }
-  // Two short rows use each weight twice as often.
+  // Two short rows use each weight twice as often, if all rows between them are read as well.
   int64_t in_row = all_columns * job.vectors_in_group;
-  bool is_short = engine.rows_of_pixels > 0
-                      ? all_columns <= engine.rows_of_pixels
+  bool is_short = engine.tile_rows > 0
+                      ? all_columns <= engine.tile_rows
                       : job.vectors_in_group <= 2 && 2 * in_row <= engine.sums_at_once;
-  if (!is_sum && job.mode == Mode::kBroadcast && is_short) rows = std::min<int64_t>(2, all_rows);
+  bool touch = job.axes[0].step <= job.axes[0].span;
+  if (!is_sum && job.mode == Mode::kBroadcast && is_short && touch) rows = std::min<int64_t>(2, all_rows);
   job.rows_at_once = rows;
   auto chunks = [&] {
     return job.chunk < job.vectors_in_group

@@ -44,6 +44,7 @@ class TileShapes {
       row_bytes_[i] = static_cast<uint16_t>(i == 4 || i == 5 ? 4 * depth : 64);
     }
 #ifdef GROUPED_CONV_TILES
+    asm volatile("" ::: "memory");  // The compiler does not know that it reads all of this.
     _tile_loadconfig(this);
 #endif
   }
@@ -69,6 +70,7 @@ struct TileRow {
 template <class Policy, int blocks, int vectors>
 void RowOfTiles(const TileRow<Policy>& tiles) {
 #ifdef GROUPED_CONV_TILES
+  asm volatile("" ::: "memory");  // Nor what the tiles are loaded from.
   const Row<Policy>& row = tiles.row;
   const int64_t step = row.step * sizeof(uint32_t);
   constexpr int kWeights = kLanes<Policy> * sizeof(uint32_t);

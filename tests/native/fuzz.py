@@ -67,7 +67,7 @@ class Case:
         has_many = draw.random() < 0.01  # Groups, for several chunks.
         if has_many:
             groups = int(draw.integers(100, max(101, 4000 // max(inputs, outputs))))
-        if draw.random() < 0.3:  # Pixels that are whole vectors may be read where they are.
+        elif draw.random() < 0.3:  # Pixels that are whole vectors may be read where they are.
             step = 16 // math.gcd(16, inputs)
             groups = -(-groups // step) * step
         lhs, out, taps, strides, lhs_dilation, rhs_dilation, low = [], [], [], [], [], [], []
