@@ -6,7 +6,6 @@ a while slows them all.
 
 import contextlib
 import functools
-import math
 import statistics
 import time
 import warnings
@@ -89,7 +88,7 @@ def _measure(
     platform, device = kind.platform, kind.device()
     subject = Subject(kind, contraction, spec_key(spec))
     first = selection.choose(contraction, spec, platform)
-    names = _worth_measuring(contraction, spec, platform)
+    names = _different(contraction, spec, platform)
     seconds: dict[str, float | None] = {}
     runs: dict[str, Callable[[], Any]] = {}
     with _alone(spec):
@@ -108,21 +107,13 @@ def _measure(
     return Measurement.of(subject, seconds)
 
 
-def _worth_measuring(contraction: Contraction, spec: ConvSpec, platform: str) -> list[str]:
-    """Those that support this, each function once, without what would take a thousand times as
-    long as the best.
-    """
-    names = {
-        getattr(TABLE[name], contraction): name
-        for name in reversed(TABLE)
-        if unsupported(name, contraction, spec, platform) is None
-    }
-    expected = {
-        name: selection.expected_seconds(name, contraction, spec, platform)
-        for name in names.values()
-    }
-    most = 1000 * min(expected.values(), default=math.inf)
-    return [n for n in TABLE if n in expected and not most < expected[n] < math.inf]
+def _different(contraction: Contraction, spec: ConvSpec, platform: str) -> list[str]:
+    """Those that support this, of several with the same function the first."""
+    names: dict[Callable, str] = {}
+    for name in TABLE:
+        if unsupported(name, contraction, spec, platform) is None:
+            names.setdefault(getattr(TABLE[name], contraction), name)
+    return list(names.values())
 
 
 def _warn(name: str, subject: Subject, error: Exception) -> None:

@@ -86,7 +86,8 @@ def test_every_implementation_is_measured_for_every_contraction():
     for contraction in CONTRACTIONS:
         seconds = tuning.seconds(contraction, spec, HERE)
         able = {n for n in TABLE if unsupported(n, contraction, spec, "cpu") is None}
-        assert set(seconds) == able
+        # What is the same function by another name is measured once.
+        assert set(seconds) == able - ({"lax"} if contraction != "wgrad" else set())
         assert all(time is not None and 0 < time < 10 for time in seconds.values())
     fastest = set()
     for m in tuning.measurements:
