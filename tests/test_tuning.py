@@ -1,3 +1,4 @@
+import functools
 """Measured times: how they are made and kept, and that they change the choice where they should."""
 
 import pickle
@@ -320,7 +321,7 @@ def test_what_does_not_support_it_is_not_chosen(monkeypatch):
 def test_what_runs_only_where_it_is_asked_for_is_measured_but_not_chosen(monkeypatch):
     shy = {name: types.ModuleType(name) for name in ("says nothing", "says never")}
     for module in shy.values():
-        module.__dict__.update(supports=lambda *_: None, fprop=xla.fprop)
+        module.__dict__.update(supports=lambda *_: None, fprop=functools.partial(xla.fprop))
     shy["says never"].__dict__.update(seconds=lambda *_: float("inf"))
     for name, module in shy.items():
         monkeypatch.setitem(TABLE, name, module)
