@@ -1,6 +1,6 @@
-import functools
 """Measured times: how they are made and kept, and that they change the choice where they should."""
 
+import functools
 import pickle
 import re
 import threading
