@@ -73,9 +73,7 @@ class Options:
     """Seconds of timed calls after which a contender is not called again in a row."""
 
     in_flight: int | None = None
-    """Calls that are started before they are waited for; by default 1 on a CPU, 20 elsewhere.
-
-    Launching a program may take longer than the program, and in training that is hidden."""
+    """Calls that are started before they are waited for; 1 on a CPU, 20 elsewhere."""
 
     quick: bool = False
     """A glance: three workloads, unless others are named, and fewer calls."""

@@ -28,7 +28,7 @@ def choose(contraction: Contraction, spec: ConvSpec, platform: str, is_export: b
 
     On NVIDIA's GPUs, as measured on an H100 (benchmarks/gpu-*.json):
 
-    - the kernel's gradient: `"lax"`, which becomes cuDNN's;
+    - the kernel's gradient of more than one group: `"lax"`, which becomes cuDNN's;
     - the input's gradient of a depthwise convolution with strides: `"taps"`, phase by phase;
     - the output and the input's gradient of up to four groups of at least 64 features in 32 bits:
       `"dense"`;

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ def only():
     native.use_instruction_set(native.instruction_sets()[0])
 
 
-def conv2d(lhs, rhs, groups, strides=(1, 1), padding="SAME", dilation=(1, 1)) -> Case:
+def conv2d(lhs, rhs, groups, strides=(1, 1), padding: Any = "SAME", dilation=(1, 1)) -> Case:
     arguments = {
         "window_strides": strides,
         "padding": padding,

@@ -27,8 +27,14 @@ def markdown(run: Run) -> str:
     """A page with all tables."""
     names = headings(run)
     rule = ["---" if name in LEFT else "--:" for name in names]
+    in_flight = run.settings.get("in_flight", 1)
     parts = [
-        PAGE.format(**{"in_flight": 1, **run.settings}, description=description(run), **peaks(run))
+        PAGE.format(
+            command=run.settings["command"],
+            description=description(run),
+            together=f" after {in_flight} have been started" if in_flight > 1 else "",
+            **peaks(run),
+        )
     ]
     if len(run.rows) < (rows := run.settings.get("rows", 0)):
         parts.append(f"**The run was stopped after {len(run.rows)} of {rows} rows.**")
@@ -153,14 +159,14 @@ PAGE = """\
 ```
 
 Medians of interleaved calls in one process, after a few that are not timed, compilation apart;
-{in_flight} started before they are waited for. `lax` is
-`lax.conv_general_dilated` and its own gradients, of which only the wanted one is computed; `torch`
-is the faster one of PyTorch's two memory formats, its arrays lying in that format before. All have
-been found to compute the same. `training` is the output and both gradients of one call. A ratio is
-the time of the other by ours: more than 1 is faster than the other. `spread` is the distance of
-ours' quartiles in shares of the median, `roofline` the share of ours' time that the machine would
-need if it did all arithmetic at the speed of a large matrix product ({gflops} GFLOP/s) or moved
-each array once at the speed of a large copy ({gigabytes} GB/s), whichever takes longer;
-`implementation` is what the library has chosen by itself (for training: of fprop / dgrad /
-wgrad)."""
+each is waited for{together}. `lax` is `lax.conv_general_dilated` and its own gradients, of which
+only the wanted one is computed; `torch` is the faster one of PyTorch's two memory formats, its
+arrays lying in that format before. All that are shown have been found to compute the same.
+`training` is the output and both gradients of one call. A ratio is the time of the other by ours:
+more than 1 is faster than the other. `spread` is the distance of ours' quartiles in shares of the
+median, `roofline` the share of ours' time that the machine would need if it did all arithmetic at
+the speed of a large matrix product ({gflops} GFLOP/s) or moved each array once at the speed of a
+large copy ({gigabytes} GB/s), whichever takes longer (measured at one moment of a machine that may
+be shared, and of arrays larger than its caches: more than 100% is possible); `implementation` is
+what the library has chosen by itself (for training: of fprop / dgrad / wgrad)."""
 """Of Markdown, before the tables."""

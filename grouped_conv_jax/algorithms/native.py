@@ -1,8 +1,8 @@
 """Kernels written for the job, in C++ (see `grouped_conv_jax.native`): CPUs only.
 
 They take (batch, rows, columns, features) and convolutions of up to two spatial dimensions;
-padding, strides and dilations are their own affair. 16 bits are multiplied in pairs where the
-processor can do so, and added up in 32.
+padding, strides and dilations are their own affair. 16 bits are added up in 32, and multiplied as
+they are where the processor can do so fast.
 """
 
 import jax

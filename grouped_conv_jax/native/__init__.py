@@ -65,7 +65,8 @@ def _compiled_for() -> list[str]:
 
 
 def use_instruction_set(name: str) -> None:
-    """From now on this one is the best that is used, in all calls of the process.
+    """From now on this one is the best that is used, in all calls of the process; to undo it, use
+    the first of `instruction_sets()`.
 
     Raises:
       ValueError: it is not one of `instruction_sets()`.
