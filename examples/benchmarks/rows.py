@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -13,6 +14,7 @@ from benchmarks.machine import Roofline
 from benchmarks.measure import interleaved
 from benchmarks.results import WRONG, Row, Timing
 from benchmarks.workloads import USED, Mode, Workload
+from grouped_conv_jax.spec import Role
 
 TOLERANCES = {"float64": 1e-9, "float32": 1e-2, "float16": 5e-2, "bfloat16": 1e-1}
 """The largest error of any element, in shares of the root mean square of all.
@@ -79,7 +81,9 @@ def prepared(
 ) -> tuple[dict[str, Contender], dict[str, str]]:
     """The contenders by name, compiled; and who does not do this, and why."""
     operands = workload.random()
-    arrays = {role: jnp.asarray(operands[role], settings.dtype) for role in USED[mode]}
+    arrays: dict[Role, jax.Array] = {
+        role: jnp.asarray(operands[role], settings.dtype) for role in USED[mode]
+    }
 
     def jax_contender(conv: Callable) -> Callable[[], Contender]:
         return lambda: by_jax(conv, workload, mode, arrays)
