@@ -22,7 +22,15 @@ from grouped_conv_jax.algorithms import unsupported
 if native.missing():
     pytest.skip(f"there are no native kernels: {native.missing()}", allow_module_level=True)
 
-every_instruction_set = pytest.mark.parametrize("name", native.instruction_sets())
+# The best and the plainest one always, the others among the slow tests.
+every_instruction_set = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if 0 < i < len(names) - 1 else ())
+        for names in [native.instruction_sets()]
+        for i, name in enumerate(names)
+    ],
+)
 
 
 @pytest.fixture

@@ -168,7 +168,7 @@ PROCESSES = {"coordinator": "host:1234", "num_processes": 2, "process_id": 0}
         ({"mesh": (1, 4)}, "2 towers cannot be shared by 4 devices"),
         ({"mesh": (3, 3)}, "a mesh of 3 x 3 needs 9 devices, there are 8"),
         ({"batch_size": 5000}, "a batch of 5000 is more than the 1438 training images"),
-        ({"implementation": "magic"}, "unknown implementation 'magic'; known: xla, vmap"),
+        ({"implementation": "magic"}, "unknown implementation 'magic'; known: xla, lax"),
         ({"seed": 2**32}, r"--seed must be less than 2\*\*32, got 4294967296"),
         ({"mesh": (10**11, 1)}, "--mesh must be at most 4096 devices"),
         ({"data": "folder:"}, '--data must be "digits", "photos" or "folder:DIR"'),
