@@ -56,7 +56,7 @@ def tune(function: Callable, *args: Any, repeats: int = 10, **kwargs: Any) -> Tu
 
     Raises:
       ValueError: `repeats` is less than 1.
-      TypeError: `function` is none.
+      TypeError: `function` is not callable.
 
     Warns:
       UserWarning: an implementation fails on what it is said to support. It is not used there.

@@ -1,7 +1,7 @@
 """The convolutions that lax's own rules make, for platforms whose compilers know them.
 
 They are those of "xla" but for the kernel's gradient, which has batch groups here. XLA:GPU gives
-that to cuDNN; the feature groups of "xla" it computes up to five hundred times as slowly. On a CPU
+that to cuDNN; the feature groups of "xla" it computes up to eight hundred times as slowly. On a CPU
 it is the other way round. (Batch groups that XLA partitions come out multiplied by the size of
 unused mesh axes; here they are computed on what one device has, after the partition.)
 """
