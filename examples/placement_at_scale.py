@@ -17,8 +17,10 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 
+from alexnet.augmentation import Preprocessing
+from alexnet.presets import PAPER_RECIPE
 from alexnet.report import training_report
-from alexnet.training import Normalization, Trainer, paper_optimizer, tower_net
+from alexnet.training import Trainer, tower_net
 from grouped_conv_jax.collectives import Collective, collectives
 from grouped_conv_jax.models import AlexNetConfig
 from grouped_conv_jax.placement import PlacementReport
@@ -84,9 +86,11 @@ def compile_step(config: AlexNetConfig, mesh: Mesh, examples: int) -> Compiled:
     """Compiles one training step for a mesh; no array is made and nothing is run."""
     trainer = Trainer(
         tower_net(config, mesh, None),
-        paper_optimizer(0.01, momentum=0.9, weight_decay=5e-4),
+        PAPER_RECIPE,
+        Preprocessing(np.ones(3, np.float32), np.ones(3, np.float32), np.eye(3, dtype=np.float32)),
         image_size=config.image_size,
-        normalization=Normalization(np.zeros(3, np.float32), np.ones(3, np.float32)),
+        steps=1,
+        steps_per_epoch=1,
         flip=True,
         seed=0,
     )

@@ -5,8 +5,10 @@ import placement_at_scale
 import pytest
 from test_alexnet import TINY
 
+from alexnet.augmentation import Preprocessing
+from alexnet.config import Recipe
 from alexnet.report import training_report
-from alexnet.training import Normalization, Trainer, paper_optimizer, tower_net
+from alexnet.training import Trainer, tower_net
 from grouped_conv_jax.towers import DATA, GROUP, Placement, make_mesh
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -17,9 +19,11 @@ EXAMPLES = 4
 def trainer(data: int, group: int, placement: Placement = "shard_map") -> Trainer:
     return Trainer(
         tower_net(TINY, make_mesh(data, group), None),
-        paper_optimizer(0.1, momentum=0.9, weight_decay=0.0),
+        Recipe(schedule="constant", warmup_epochs=0.0),
+        Preprocessing(np.zeros(3, np.float32), np.ones(3, np.float32), np.eye(3, dtype=np.float32)),
         image_size=32,
-        normalization=Normalization(np.zeros(3, np.float32), np.ones(3, np.float32)),
+        steps=1,
+        steps_per_epoch=1,
         flip=False,
         seed=0,
         placement=placement,

@@ -15,8 +15,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from alexnet.config import TrainConfig
-from alexnet.errors import UsageError
+from alexnet.config import Devices, TrainConfig
+from alexnet.errors import RunError, UsageError
 
 Result = TypeVar("Result")
 
@@ -28,6 +28,9 @@ TOGETHER = 300
 
 PATIENCE = 600
 """Seconds that a process waits for the slower ones to load, to compile and to write."""
+
+FAREWELL = 10
+"""Seconds in which all processes come to an error that is one of all."""
 
 # The runtime ends a process that cannot go on by abort(), which no Python code sees. This one waits
 # for the end of its input, that is of the process at the other end, and says the last line of it.
@@ -90,7 +93,10 @@ class Process:
         if isinstance(error, KeyboardInterrupt):
             code = 130
             print(f"stopped{self._way_back}", file=sys.stderr)
-        elif any(word in str(error).lower() for word in LOST):
+        elif isinstance(error, (UsageError, RunError)):
+            code = 2 if isinstance(error, UsageError) else 1
+            print(f"error: {error}", file=sys.stderr)
+        elif of_a_lost_process(error):
             reason = str(error).partition("\n")[0]
             print(f"{reason}\n{self.lost_message}", file=sys.stderr)
         else:
@@ -121,20 +127,22 @@ def joined(config: TrainConfig) -> Iterator[Process | None]:
     Raises:
       UsageError: there are no others to be found.
     """
-    if not config.several_processes:
+    devices = config.devices
+    if not devices.several_processes:
         yield None
         return
-    where = f"at {config.coordinator}" if config.coordinator else "in the cluster"
-    if config.coordinator:
+    where = f"at {devices.coordinator}" if devices.coordinator else "in the cluster"
+    if devices.coordinator:
         print(f"meeting the others {where}, for {TOGETHER} seconds at most", file=sys.stderr)
     process = Process(f"error: this process has ended before it met the others {where}")
     try:
-        _initialize(config)
+        _initialize(devices)
         process.joined()
         yield process
         synchronize("done")
-    except (UsageError, FloatingPointError):
-        # All processes come to this, or the others notice within SILENCE.
+    except (UsageError, RunError) as error:
+        if _alone_with(error):
+            process.end_by(error)
         process.close()
         raise
     except BaseException as error:
@@ -142,9 +150,18 @@ def joined(config: TrainConfig) -> Iterator[Process | None]:
     process.close()
 
 
-def _initialize(config: TrainConfig) -> None:
-    # It would take SIGTERM for a notice that somebody is going to ask for, and nobody does.
-    jax.config.update("jax_enable_preemption_service", False)
+def _alone_with(error: Exception) -> bool:
+    """Whether the other processes have not come to an error that this one has."""
+    try:
+        synchronize("ended", FAREWELL)
+    except RuntimeError:
+        return True
+    return False
+
+
+def _initialize(config: Devices) -> None:
+    # It tells all processes when one gets a SIGTERM, see `stopping`.
+    jax.config.update("jax_enable_preemption_service", True)
     if config.process_id == 0 and config.coordinator:
         _check_free(config.coordinator)
     try:
@@ -181,15 +198,28 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def synchronize(name: str) -> None:
-    """Waits until all processes are here."""
-    if jax.process_count() > 1:
-        ocp.multihost.sync_global_processes(name, timeout=PATIENCE)
+def of_a_lost_process(error: BaseException) -> bool:
+    """Whether an error comes from the end of another process."""
+    return jax.process_count() > 1 and any(word in str(error).lower() for word in LOST)
+
+
+def synchronize(name: str, patience: int = PATIENCE) -> None:
+    """Waits until all processes are here, for so many seconds at most."""
+    if (count := jax.process_count()) > 1:
+        # With the processes named it is not a collective, which would wait for 30 seconds only.
+        ocp.multihost.sync_global_processes(name, timeout=patience, processes=set(range(count)))
 
 
 def agreed(number: int) -> int:
     """The number of the first process, below 2**32."""
     return int(multihost_utils.broadcast_one_to_all(np.uint32(number)))
+
+
+def any_of(here: bool) -> bool:
+    """Whether it is so in any process; all must ask."""
+    if jax.process_count() == 1:
+        return here
+    return bool(np.any(multihost_utils.process_allgather(np.uint32(here))))
 
 
 def by_all(name: str, action: Callable[[], Result]) -> Result:
@@ -204,12 +234,8 @@ def by_all(name: str, action: Callable[[], Result]) -> Result:
     except UsageError as error:
         refused = error
     synchronize(name)
-    if jax.process_count() > 1 and np.any(
-        multihost_utils.process_allgather(np.uint32(refused is not None))
-    ):
+    if any_of(refused is not None):
         raise refused or UsageError("another process cannot go on; see its message")
-    if refused:
-        raise refused
     return cast(Result, result)
 
 

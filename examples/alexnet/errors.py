@@ -1,5 +1,9 @@
-"""The error that is the user's to mend: one sentence, exit code 2."""
+"""The errors that are one sentence on the command line, without a traceback."""
 
 
 class UsageError(Exception):
-    """An option or a folder that the run cannot start with."""
+    """An option or a folder that the run cannot start with; exit code 2."""
+
+
+class RunError(Exception):
+    """What has stopped a run that had begun; exit code 1."""

@@ -1,4 +1,4 @@
-"""What a run shows: where everything lives, what is exchanged, the filters of conv1 by tower."""
+"""What a run shows: where everything lives and what is exchanged."""
 
 import math
 from collections.abc import Callable
@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from alexnet.training import Trainer, TrainState
+from alexnet.state import TrainState
+from alexnet.training import Trainer
 from grouped_conv_jax.models import AlexNetConfig, alexnet_exchanges
 from grouped_conv_jax.placement import Exchange, PlacementReport, placement_report
 from grouped_conv_jax.towers import DATA, GROUP
@@ -51,6 +50,8 @@ def training_report(
     batch_size: int,
     image_shape: tuple[int, ...],
     *,
+    dtype: str = "float32",
+    parts: int = 1,
     alone: Callable[[], Trainer] | None = None,
 ) -> PlacementReport:
     """What a training step exchanges and holds; compiles it, as the first step would.
@@ -61,10 +62,13 @@ def training_report(
       state: as the step gets it: arrays, or their `jax.ShapeDtypeStruct` with shardings.
       batch_size: of all devices together.
       image_shape: of the images that the step gets, before they are cropped.
+      dtype: in which the net computes.
+      parts: that a batch is computed in; what is shown is exchanged for each of them.
       alone: makes a trainer of the same net on one device, to compare the memory with.
     """
     mesh = trainer.net.mesh
-    exchanges = list(alexnet_exchanges(config, batch_size // mesh.shape[DATA], mesh.shape))
+    examples = batch_size // mesh.shape[DATA] // parts
+    exchanges = list(alexnet_exchanges(config, examples, mesh.shape, dtype=dtype))
     if mesh.shape[DATA] > 1:
         # The means of the losses and of the right answers.
         exchanges.append(Exchange("loss", "fprop", "all-reduce", (DATA,), 2 * 4))
@@ -77,26 +81,10 @@ def training_report(
     )
 
 
-def save_filters(path: Path, kernel: Any, towers: int) -> None:
-    """Draws the kernels of conv1, (height, width, channels, features), a block for each tower."""
-    kernel = np.asarray(kernel)
-    channels, features = kernel.shape[2:]
-    each = features // towers
-    columns = min(each, 16)
-    rows = -(-each // columns)
-    figure = Figure(figsize=(columns * 0.6, towers * (rows * 0.6 + 0.5)), layout="constrained")
-    blocks = figure.subfigures(towers, squeeze=False)[:, 0]
-    for tower, block in enumerate(blocks):
-        block.suptitle(f"tower {tower + 1}", fontsize="medium")
-        axes = block.subplots(rows, columns, squeeze=False).ravel()
-        for index, axis in enumerate(axes):
-            axis.set_axis_off()
-            if index < each:
-                filters = kernel[..., tower * each + index]
-                low, high = filters.min(), filters.max()
-                image = (filters - low) / (high - low or 1.0)
-                # One channel is drawn in grey; more than three have no colours to be shown in.
-                shown = image if channels == 3 else image.mean(axis=-1)
-                axis.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    with matplotlib.rc_context({"figure.dpi": 100}):
-        figure.savefig(path)
+def dump_programs(
+    folder: Path, trainer: Trainer, batch_size: int, image_shape: tuple[int, ...]
+) -> None:
+    """Writes the training step as JAX makes it (StableHLO) and as XLA compiles it (HLO)."""
+    lowered = trainer.lower(batch_size, image_shape)
+    (folder / "train_step.stablehlo.txt").write_text(lowered.as_text())
+    (folder / "train_step.hlo.txt").write_text(lowered.compile().as_text() or "")

@@ -6,138 +6,19 @@ exchange what they have computed in few places only: before conv3 and at the ful
 layers. In between a tower sees itself alone, which is what a grouped convolution is.
 """
 
-import dataclasses
-from typing import Literal
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
+from jax.typing import DTypeLike
 
-from grouped_conv_jax.arguments import check_divides
+from grouped_conv_jax.models.alexnet_config import POOL_SIZE, POOL_STRIDE, AlexNetConfig, Step
 from grouped_conv_jax.nnx import GroupedConv
-
-POOL_SIZE, POOL_STRIDE = 3, 2
-"""Windows of 3 every 2 pixels: overlapping pooling (section 3.4 of the paper)."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ConvLayer:
-    """One convolution with its ReLU, then normalisation and pooling where they are set.
-
-    `inputs` says what a tower's filters see: the "image", "all" towers' features, or the "own".
-    """
-
-    features: int
-    kernel_size: int
-    inputs: Literal["image", "all", "own"]
-    strides: int = 1
-    padding: tuple[int, int] = (0, 0)
-    bias: float = 0.0
-    normalize: bool = False
-    pool: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class AlexNetConfig:
-    """Everything that makes one net of the family; features and units are of all towers together.
-
-    `paper()` is the net of the article, `small()` one of the same shape for 32-pixel images.
-    Convolution and hidden kernels start as N(0, kernel_std²), as in the paper; with `kernel_std`
-    None the variance is 2 / inputs of the kernel instead, which suits a narrower net.
-    """
-
-    convolutions: tuple[ConvLayer, ...]
-    hidden_units: tuple[int, ...]
-    num_classes: int
-    image_size: int
-    image_channels: int = 3
-    towers: int = 2
-    kernel_std: float | None = 0.01
-    hidden_bias: float = 1.0
-    dropout_rate: float = 0.5
-    lrn_size: int = 5
-    lrn_alpha: float = 1e-4
-    lrn_beta: float = 0.75
-    lrn_k: float = 2.0
-
-    @classmethod
-    def paper(cls, *, towers: int = 2, num_classes: int = 1000) -> "AlexNetConfig":
-        """The net of 2012: 224-pixel images, 60,965,224 parameters with two towers."""
-        return cls(
-            convolutions=(
-                # Padding (0, 3) gives 55 positions, as the original does by rounding up.
-                ConvLayer(96, 11, "image", 4, (0, 3), normalize=True, pool=True),
-                ConvLayer(256, 5, "own", padding=(2, 2), bias=1.0, normalize=True, pool=True),
-                ConvLayer(384, 3, "all", padding=(1, 1)),
-                ConvLayer(384, 3, "own", padding=(1, 1), bias=1.0),
-                ConvLayer(256, 3, "own", padding=(1, 1), bias=1.0, pool=True),
-            ),
-            hidden_units=(4096, 4096),
-            num_classes=num_classes,
-            image_size=224,
-            towers=towers,
-        )
-
-    @classmethod
-    def small(
-        cls, *, towers: int = 2, num_classes: int = 10, image_channels: int = 3
-    ) -> "AlexNetConfig":
-        """The same net for 32-pixel images, narrow enough to train on a laptop in minutes."""
-        return cls(
-            convolutions=(
-                ConvLayer(32, 5, "image", 1, (2, 2), normalize=True, pool=True),
-                ConvLayer(64, 5, "own", padding=(2, 2), normalize=True, pool=True),
-                ConvLayer(96, 3, "all", padding=(1, 1)),
-                ConvLayer(96, 3, "own", padding=(1, 1)),
-                ConvLayer(64, 3, "own", padding=(1, 1), pool=True),
-            ),
-            hidden_units=(256, 256),
-            num_classes=num_classes,
-            image_size=32,
-            image_channels=image_channels,
-            towers=towers,
-            kernel_std=None,
-            hidden_bias=0.0,
-        )
-
-    def check(self) -> None:
-        """Raises ValueError where the towers do not divide the features, or the image is too
-        small.
-        """
-        if self.towers < 1:
-            raise ValueError(f"towers must be at least 1, got {self.towers}")
-        widths = (*(conv.features for conv in self.convolutions), *self.hidden_units)
-        names = self.convolution_names + self.dense_names[:-1]
-        for layer, width in zip(names, widths, strict=True):
-            check_divides("towers", self.towers, f"the features of {layer}", width)
-        if self.pooled_size < 1:
-            raise ValueError(f"image_size={self.image_size} leaves nothing after the last pooling")
-
-    @property
-    def convolution_names(self) -> tuple[str, ...]:
-        """conv1, conv2, ..., as the paper numbers the layers."""
-        return tuple(f"conv{i}" for i, _ in enumerate(self.convolutions, 1))
-
-    @property
-    def dense_names(self) -> tuple[str, ...]:
-        """fc6, fc7 and fc8: the hidden layers, and the one that gives the logits."""
-        first = len(self.convolutions) + 1
-        return tuple(f"fc{first + i}" for i in range(len(self.hidden_units) + 1))
-
-    @property
-    def edges(self) -> tuple[int, ...]:
-        """Pixels along an edge of what each convolution sees, then the first hidden layer."""
-        edges = [self.image_size]
-        for conv in self.convolutions:
-            size = (edges[-1] + sum(conv.padding) - conv.kernel_size) // conv.strides + 1
-            edges.append((size - POOL_SIZE) // POOL_STRIDE + 1 if conv.pool else size)
-        return tuple(edges)
-
-    @property
-    def pooled_size(self) -> int:
-        """Pixels along an edge of what the first fully connected layer sees."""
-        return self.edges[-1]
 
 
 class AlexNet(nnx.Module):
@@ -151,6 +32,9 @@ class AlexNet(nnx.Module):
 
     Args:
       config: the net; see `AlexNetConfig`.
+      dtype: the type in which the net computes, such as bfloat16 or float16; None for that of
+        images and parameters. Parameters and their gradients stay float32, and so do the logits
+        and what normalisation is computed of.
       axis_name: the mesh axis over which the towers are spread; also the name in the metadata.
       axis_size: the number of devices on it, which divides the towers, for the part of the net
         that one of them holds; None for the whole net.
@@ -159,6 +43,7 @@ class AlexNet(nnx.Module):
 
     Raises:
       ValueError: the towers do not divide the features, or the devices the towers.
+      TypeError: `dtype` is no floating-point type of 16 bits or more.
 
     Example:
       >>> import jax.numpy as jnp
@@ -173,12 +58,14 @@ class AlexNet(nnx.Module):
         self,
         config: AlexNetConfig,
         *,
+        dtype: DTypeLike | None = None,
         axis_name: str = "group",
         axis_size: int | None = None,
         implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
         config.check()
+        _check_dtype(dtype)
         devices = 1 if axis_size is None else axis_size
         if config.towers % devices:
             raise ValueError(
@@ -186,6 +73,7 @@ class AlexNet(nnx.Module):
                 "towers evenly; take a number of devices that divides the towers"
             )
         self.config = config
+        self.dtype = dtype
         self.axis_name = axis_name
         self.axis_size = axis_size
         self.towers = config.towers // devices
@@ -203,8 +91,10 @@ class AlexNet(nnx.Module):
                     padding=[conv.padding, conv.padding],
                     feature_group_count=self.towers if own else 1,
                     implementation=implementation,
-                    kernel_init=_kernel_init(config),
+                    kernel_init=_kernel_init(config, conv.kernel_std),
                     bias_init=nnx.initializers.constant(conv.bias),
+                    dtype=dtype,
+                    promote_dtype=_promote,
                     kernel_metadata=_sharded(None, None, None, axis_name),
                     bias_metadata=_sharded(axis_name),
                     rngs=rngs,
@@ -220,8 +110,10 @@ class AlexNet(nnx.Module):
                 nnx.Linear(
                     inputs,
                     units // devices,
-                    kernel_init=_kernel_init(config),
+                    kernel_init=_kernel_init(config, config.hidden_std),
                     bias_init=nnx.initializers.constant(config.hidden_bias),
+                    dtype=dtype,
+                    promote_dtype=_promote,
                     kernel_metadata=_sharded(None, axis_name),
                     bias_metadata=_sharded(axis_name),
                     rngs=rngs,
@@ -236,6 +128,10 @@ class AlexNet(nnx.Module):
             config.num_classes,
             use_bias=False,
             kernel_init=_kernel_init(config),
+            dtype=dtype,
+            promote_dtype=_promote,
+            # The logits, and their sum over the devices, have more bits than what is weighed.
+            preferred_element_type=None if dtype is None else _at_least_float32(dtype),
             kernel_metadata=_sharded(axis_name, None),
             rngs=rngs,
         )
@@ -267,22 +163,24 @@ class AlexNet(nnx.Module):
             with jax.named_scope(name):
                 if conv.inputs == "all":
                     x = self.talk(x)
-                x = nnx.relu(layer(x))
-                if conv.normalize:
-                    x = self._normalize(x)
-                if conv.pool:
-                    x = nnx.max_pool(x, (POOL_SIZE, POOL_SIZE), (POOL_STRIDE, POOL_STRIDE))
+                x = layer(x)
+                for step in conv.steps:
+                    x = self._follow(x, step)
         *hidden_names, classes_name = config.dense_names
         for number, (name, layer) in enumerate(zip(hidden_names, self.hidden, strict=True)):
             with jax.named_scope(name):
+                if config.dropout_on == "inputs":
+                    x = self._drop(x, dropout_keys, number)
                 x = self.talk(x)
-                x = nnx.relu(layer(x.reshape(len(x), -1)))
-                x = self._drop(x, dropout_keys, number)
+                x = nnx.relu(layer(x.reshape(x.shape[0], -1)))
+                if config.dropout_on == "outputs":
+                    x = self._drop(x, dropout_keys, number)
         with jax.named_scope(classes_name):
             return self.talk(self.classes(x), how="sum") + self.classes_bias[None]
 
     def talk(self, x: jax.Array, how: Literal["gather", "sum"] = "gather") -> jax.Array:
-        """Where the towers talk: before conv3 and at every fully connected layer.
+        """Where the towers talk: before conv3 and at every fully connected layer, and where they
+        are normalised together (`lrn_across_towers`).
 
         Takes what this device's towers have computed; gives the features of all towers side by
         side ("gather"), or the sum over the devices ("sum", the logits).
@@ -295,13 +193,36 @@ class AlexNet(nnx.Module):
             return x
         return lax.all_gather(x, self.axis_name, axis=x.ndim - 1, tiled=True)
 
-    def _normalize(self, x: jax.Array) -> jax.Array:
+    def _follow(self, x: jax.Array, step: Step) -> jax.Array:
         config = self.config
-        x = x.reshape(*x.shape[:-1], self.towers, x.shape[-1] // self.towers)
-        y = local_response_normalization(
+        match step:
+            case "relu":
+                return nnx.relu(x)
+            case "pool":
+                return nnx.max_pool(x, (POOL_SIZE, POOL_SIZE), (POOL_STRIDE, POOL_STRIDE))
+            case "lrn":
+                return self._normalize(x)
+            case "spatial lrn":
+                alpha, k = config.spatial_lrn_alpha, config.spatial_lrn_k
+                window = (1, config.lrn_size, config.lrn_size, 1)
+                return _normalize_by_neighbours(x, window, alpha, config.lrn_beta, k)
+
+    def _normalize(self, x: jax.Array) -> jax.Array:
+        """Over neighbouring features, those of each tower or, across towers, those of all."""
+        config = self.config
+        towers, own = self.towers, x.shape[-1]
+        if config.lrn_across_towers:
+            towers, x = 1, self.talk(x)
+        features = x.shape[-1]
+        x = x.reshape(*x.shape[:-1], towers, features // towers)
+        x = local_response_normalization(
             x, config.lrn_size, config.lrn_alpha, config.lrn_beta, config.lrn_k
         )
-        return y.reshape(*x.shape[:-2], -1)
+        x = x.reshape(*x.shape[:-2], features)
+        if own == features:
+            return x
+        start = lax.axis_index(self.axis_name) * own
+        return lax.dynamic_slice_in_dim(x, start, own, axis=x.ndim - 1)
 
     def _drop(self, x: jax.Array, keys: jax.Array | None, layer: int) -> jax.Array:
         """Dropout keyed by example, layer and tower, so that it falls out the same wherever an
@@ -317,9 +238,11 @@ class AlexNet(nnx.Module):
             key = jax.random.fold_in(jax.random.fold_in(key, layer), tower)
             return self.dropout(units, rngs=key)
 
-        by_tower = jax.vmap(drop, in_axes=(0, None, 0))
+        by_tower = jax.vmap(drop, in_axes=(1, None, 0), out_axes=1)
         by_example = jax.vmap(by_tower, in_axes=(0, 0, None))
-        return by_example(x.reshape(len(x), self.towers, -1), keys, towers).reshape(x.shape)
+        pixels = math.prod(x.shape[1:-1])
+        units = x.reshape(len(x), pixels, self.towers, x.shape[-1] // self.towers)
+        return by_example(units, keys, towers).reshape(x.shape)
 
 
 def local_response_normalization(
@@ -329,23 +252,63 @@ def local_response_normalization(
 
     Over the last axis, the window centred; what is beyond the ends counts as 0.
     """
-    before = size // 2
+    return _normalize_by_neighbours(x, (1,) * (x.ndim - 1) + (size,), alpha, beta, k)
+
+
+def _normalize_by_neighbours(
+    x: jax.Array, window: Sequence[int], alpha: float, beta: float, k: float
+) -> jax.Array:
+    # A square is beyond float16 from 256 on, and bfloat16 has too few digits for a sum.
+    wide = x.astype(_at_least_float32(x.dtype))
     total = lax.reduce_window(
-        jnp.square(x),
+        jnp.square(wide),
         0.0,
         lax.add,
-        window_dimensions=(1,) * (x.ndim - 1) + (size,),
+        window_dimensions=window,
         window_strides=(1,) * x.ndim,
-        padding=[(0, 0)] * (x.ndim - 1) + [(before, size - 1 - before)],
+        padding=[(size // 2, size - 1 - size // 2) for size in window],
     )
     # XLA:CPU makes vectors of these two, and not of a power.
-    return x * jnp.exp(-beta * jnp.log(k + alpha * total))
+    return (wide * jnp.exp(-beta * jnp.log(k + alpha * total))).astype(x.dtype)
 
 
-def _kernel_init(config: AlexNetConfig) -> nnx.Initializer:
-    if config.kernel_std is None:
-        return nnx.initializers.he_normal()
-    return nnx.initializers.normal(config.kernel_std)
+def _at_least_float32(dtype: DTypeLike) -> jnp.dtype:
+    return jnp.dtype(jnp.float32 if jnp.dtype(dtype).itemsize < 4 else dtype)
+
+
+def _check_dtype(dtype: DTypeLike | None) -> None:
+    """Raises TypeError for a type that the net does not compute in."""
+    if dtype is None:
+        return
+    if not jnp.issubdtype(dtype, jnp.floating) or jnp.dtype(dtype).itemsize < 2:
+        raise TypeError(
+            f"dtype must be a floating-point type of 16 bits or more, such as bfloat16, got "
+            f"{jnp.dtype(dtype).name}"
+        )
+
+
+def _promote(arrays: Any, /, *, dtype: Any = None, inexact: bool = True) -> Any:
+    """Flax's promotion of (inputs, kernel, bias), the parameters having been spread first.
+
+    Under `shard_map` a parameter that meets examples spread over devices is spread over them too,
+    and its gradient is summed over them where that happens. Here it happens before the cast, so
+    that the sum is one of float32.
+    """
+    inputs, *params = arrays
+    varying = jax.typeof(inputs).manual_axis_type.varying
+
+    def spread(param: jax.Array | None) -> jax.Array | None:
+        if param is None:
+            return None
+        missing = tuple(sorted(varying - jax.typeof(param).manual_axis_type.varying))
+        return lax.pcast(param, missing, to="varying")
+
+    return promote_dtype((inputs, *map(spread, params)), dtype=dtype, inexact=inexact)
+
+
+def _kernel_init(config: AlexNetConfig, std: float | None = None) -> nnx.Initializer:
+    std = config.kernel_std if std is None else std
+    return nnx.initializers.he_normal() if std is None else nnx.initializers.normal(std)
 
 
 def _sharded(*axes: str | None) -> dict:

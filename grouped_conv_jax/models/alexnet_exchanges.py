@@ -6,13 +6,21 @@ Independent of any program: `placement_report` compares a compiled one with it.
 from collections.abc import Mapping
 from typing import Any
 
-from grouped_conv_jax.models.alexnet import AlexNetConfig
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from grouped_conv_jax.models.alexnet_config import AlexNetConfig
 from grouped_conv_jax.placement import Exchange
 from grouped_conv_jax.towers import DATA, GROUP
 
 
 def alexnet_exchanges(
-    config: AlexNetConfig, examples: int, mesh_shape: Mapping[Any, int], *, itemsize: int = 4
+    config: AlexNetConfig,
+    examples: int,
+    mesh_shape: Mapping[Any, int],
+    *,
+    dtype: DTypeLike | None = None,
+    itemsize: int = 4,
 ) -> tuple[Exchange, ...]:
     """What devices must exchange in one training step, if each holds whole towers.
 
@@ -24,7 +32,9 @@ def alexnet_exchanges(
       config: the net.
       examples: on each device.
       mesh_shape: `mesh.shape`, the devices on the axes "data" (examples) and "group" (towers).
-      itemsize: bytes of a number.
+      dtype: in which the net computes (see `AlexNet`), and what the towers' features travel in;
+        None for that of the parameters.
+      itemsize: bytes of a number of the parameters, their gradients and the logits.
 
     Example:
       The paper's two towers, a training batch of 128: the logits' sum.
@@ -34,10 +44,11 @@ def alexnet_exchanges(
       Exchange(layer='fc8', contraction='fprop', kind='all-reduce', axes=('group',), nbytes=512000)
     """
     data, group = mesh_shape.get(DATA, 1), mesh_shape.get(GROUP, 1)
+    travelling = itemsize if dtype is None else jnp.dtype(dtype).itemsize
     found = []
     if group > 1:
         for name, numbers in _talks(config):
-            nbytes = examples * numbers * itemsize
+            nbytes = examples * numbers * travelling
             found += [
                 Exchange(name, "fprop", "all-gather", (GROUP,), nbytes),
                 Exchange(name, "dgrad", "reduce-scatter", (GROUP,), nbytes),
@@ -55,15 +66,18 @@ def alexnet_exchanges(
 
 def _talks(config: AlexNetConfig) -> list[tuple[str, int]]:
     """The layers that see all towers, and how many numbers of one example they see."""
-    channels = [config.image_channels, *(conv.features for conv in config.convolutions)]
-    seen = [
-        (name, config.edges[i] ** 2 * channels[i])
-        for i, (name, conv) in enumerate(
-            zip(config.convolution_names, config.convolutions, strict=True)
-        )
-        if conv.inputs == "all"
-    ]
-    units = (config.pooled_size**2 * channels[-1], *config.hidden_units[:-1])
+    seen, channels = [], config.image_channels
+    for i, (name, conv) in enumerate(
+        zip(config.convolution_names, config.convolutions, strict=True)
+    ):
+        if conv.inputs == "all":
+            seen.append((name, config.edges[i] ** 2 * channels))
+        channels = conv.features
+        if conv.normalize and config.lrn_across_towers:
+            pooled = "pool" in conv.steps[: conv.steps.index("lrn")]
+            edge = config.edges[i + 1] if pooled else conv.positions(config.edges[i])
+            seen.append((name, edge**2 * channels))
+    units = (config.pooled_size**2 * channels, *config.hidden_units[:-1])
     return seen + list(zip(config.dense_names[:-1], units, strict=True))
 
 

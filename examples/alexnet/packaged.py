@@ -1,0 +1,74 @@
+"""Two small sets of images that come with installed packages: handwritten digits, and photographs.
+
+They are made at start and kept in memory.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import skimage.data
+import sklearn.datasets
+from PIL import Image
+
+from alexnet.sources import ArraySource, Dataset, fingerprint, held_out
+
+PHOTOGRAPHS: dict[str, Callable[[], np.ndarray]] = {
+    "china": lambda: sklearn.datasets.load_sample_image("china.jpg"),
+    "flower": lambda: sklearn.datasets.load_sample_image("flower.jpg"),
+    "astronaut": skimage.data.astronaut,
+    "cat": skimage.data.chelsea,
+    "coffee": skimage.data.coffee,
+    "hubble": skimage.data.hubble_deep_field,
+    "motorcycle": lambda: skimage.data.stereo_motorcycle()[0],
+    "retina": skimage.data.retina,
+    "rocket": skimage.data.rocket,
+    "tissue": skimage.data.immunohistochemistry,
+}
+
+
+def digits(size: int, seed: int) -> Dataset:
+    """The 1,797 handwritten digits of scikit-learn, 8 pixels wide, enlarged."""
+    pixels, labels = sklearn.datasets.load_digits(return_X_y=True)
+    images = np.stack(
+        [
+            np.asarray(Image.fromarray(np.uint8(image * (255 / 16))).resize((size, size)))
+            for image in pixels.reshape(-1, 8, 8)
+        ]
+    )
+    source = ArraySource(images[..., None], labels.astype(np.int32), "digits")
+    return _divided(source, tuple("0123456789"), seed, flip=False)
+
+
+def photos(size: int, seed: int) -> Dataset:
+    """Tiles of ten photographs, each tile labelled by its photograph.
+
+    The tiles of a photograph do not overlap, so that the test tiles show regions of which
+    nothing was trained on.
+    """
+    found, labels = [], []
+    for label, photograph in enumerate(PHOTOGRAPHS.values()):
+        image = Image.fromarray(photograph())
+        # Twelve tiles along the shorter edge of every photograph, so that none is rare.
+        scale = 12 * size / min(image.size)
+        width, height = (round(edge * scale) for edge in image.size)
+        of_image = tiles(np.asarray(image.resize((width, height))), size)
+        found.extend(of_image)
+        labels.extend([label] * len(of_image))
+    source = ArraySource(np.stack(found), np.array(labels, np.int32), "photos")
+    return _divided(source, tuple(PHOTOGRAPHS), seed, flip=True)
+
+
+def tiles(image: np.ndarray, size: int) -> list[np.ndarray]:
+    """The squares that an image divides into, without the rest at its edges."""
+    rows, columns = (edge // size for edge in image.shape[:2])
+    return [
+        image[row * size : (row + 1) * size, column * size : (column + 1) * size]
+        for row in range(rows)
+        for column in range(columns)
+    ]
+
+
+def _divided(source: ArraySource, classes: tuple[str, ...], seed: int, *, flip: bool) -> Dataset:
+    train, test = held_out(source, source.labels, seed)
+    mark = fingerprint(source.images, source.labels, train.numbers, test.numbers)
+    return Dataset(train, test, classes, source.shape[-1], flip, mark)
