@@ -154,13 +154,13 @@ def train_in(process: distributed.Process | None, config: TrainConfig) -> int:
     try:
         with on_sigterm() as stop:
             work_on(run, console, stop, way_back)
-            run.checkpoints.close()
+            run.close()
     except BaseException as error:
         # Of several processes those that are left cannot complete what they are saving.
         if process is None or isinstance(error, RunError):
             # One error is enough: if this fails too, it is for the same reason.
             with contextlib.suppress(RunError):
-                run.checkpoints.close()
+                run.close()
         if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
             raise RunError(
                 f"cannot write to {run.folder}: {error.strerror}; the last whole checkpoint is "

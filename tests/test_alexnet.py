@@ -88,7 +88,7 @@ def test_presets_take_classes_channels_and_towers(name):
     apply, state, images = abstract_net(config)
     assert nnx.eval_shape(apply, state, images).shape == (1, 11)
     assert images.shape[-1] == 1
-    assert config.stored_size == (36 if name == "small" else 256)
+    assert config.stored_size == {"small": 36, "photos": 73}.get(name, 256)
     if name in ("one-weird-trick", "one-tower"):
         assert config.towers == 1
         with pytest.raises(ValueError, match=f"towers must be 1 in the net '{name}', got 2"):

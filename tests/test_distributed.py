@@ -138,7 +138,7 @@ def evaluations_of_one_process(folder: Path, epochs: int, towers: int = 2) -> li
     with jax.numpy_dtype_promotion("standard"):
         run = set_up(config)
         assert Loop(run, Console(quiet=True), Stop()).train()
-        run.checkpoints.close()
+        run.close()
     return evaluations(alone)
 
 

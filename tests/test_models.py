@@ -123,7 +123,7 @@ def test_training_is_the_same_by_any_convolution(net, other):
         np.testing.assert_allclose(x, y, atol=1e-4 * size + 1e-6 * largest)
 
 
-@pytest.mark.parametrize("net", [ResNeXt, MobileNet])
+@pytest.mark.parametrize("net", [pytest.param(ResNeXt, marks=pytest.mark.slow), MobileNet])
 def test_evaluation_goes_by_the_averages_of_training(net):
     model = tiny(net)
     before = nnx.clone(nnx.state(model, nnx.BatchStat))
@@ -144,6 +144,7 @@ def test_evaluation_goes_by_the_averages_of_training(net):
     np.testing.assert_allclose(model(images()), trained, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_stochastic_depth_skips_later_blocks_more_often_and_whole_examples():
     model = tiny(ConvNeXt, stage_sizes=(1, 2), stochastic_depth_rate=0.6)
     blocks = [stage.layers[-1 - i] for stage in model.stages for i in range(len(stage.layers))]
@@ -233,6 +234,7 @@ def test_the_model_in_pytorch_is_the_same(net, torch_models):
     np.testing.assert_allclose(model(x), peer(nchw).detach(), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_alexnet_in_pytorch_is_the_same(torch_models):
     config = benchmark_models.alexnet_config(67)
     # One position is left, so that it does not matter how it is made a vector of.
@@ -267,6 +269,7 @@ def small_mobilenet(monkeypatch) -> None:
         monkeypatch.setattr(module, "MobileNet", small)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compilation_cache", "small_mobilenet")
 def test_the_benchmark_from_its_options_to_its_file(tmp_path, capsys):
     output = tmp_path / "new" / "results.json"

@@ -68,7 +68,7 @@ def digits(tmp_path_factory) -> Run:
             run.checkpoints.save(run.state, run.position(), error)
             log.write("train", step, top1_error=0.0)
             log.write("eval", step, top1_error=error)
-    run.checkpoints.close()
+    run.close()
     return run
 
 
@@ -77,7 +77,7 @@ def colour(tmp_path_factory) -> Run:
     """Colour images, of which the paper's mean image is subtracted, and ten crops."""
     folder = tmp_path_factory.mktemp("colour")
     run = new_run(folder, "synthetic:40", (1, 1), ten_crop=True, normalization="mean")
-    run.checkpoints.close()
+    run.close()
     return run
 
 
@@ -461,7 +461,7 @@ def test_the_scripts_as_a_user_runs_them(tmp_path, digits):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_net_of_16_bits_is_exported(tmp_path, dtype):
     run = new_run(tmp_path / "run", "digits", (1, 1), dtype=dtype)
-    run.checkpoints.close()
+    run.close()
     images = images_of(run)
     model = trained.of_run(run.folder)
     export.save(model, tmp_path / "net")

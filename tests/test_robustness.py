@@ -1,6 +1,7 @@
 """A run that is hurt goes on where it was, or says in one sentence why it cannot."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -14,7 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from settings import config_of
 from test_data import save_classes
+
+from alexnet.errors import UsageError
+from alexnet.run import set_up
 
 pytestmark = pytest.mark.slow
 
@@ -234,6 +239,23 @@ def test_a_loss_that_is_not_a_number_stops_with_the_step_and_the_last_good_check
     assert told, err
     assert int(told[3]) < int(told[2])
     assert steps_of_checkpoints(folder)[-1] == int(told[3])
+
+
+def test_two_do_not_train_in_one_folder(folder, quick_compilation):
+    config = config_of(
+        data=f"folder:{folder / 'images'}", batch_size=8, mesh=(1, 1), run_dir=folder / "run"
+    )
+    first = set_up(config)
+    again = dataclasses.replace(config, resume=True)
+    with pytest.raises(UsageError, match="another process is training in"):
+        set_up(again)
+    # Who only looks may do so meanwhile, and changes nothing.
+    (folder / "run" / "checkpoints" / "1.orbax-checkpoint-tmp-1").mkdir()
+    before = sorted(folder.rglob("*"))
+    set_up(dataclasses.replace(again, eval_only=True)).close()
+    assert sorted(folder.rglob("*")) == before
+    first.close()
+    set_up(again).close()
 
 
 def test_damaged_images_are_named_and_too_many_stop_the_run(folder, cache):

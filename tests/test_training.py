@@ -236,7 +236,10 @@ def changed(**settings) -> Recipe:
     return dataclasses.replace(RECIPE, **settings)
 
 
-@pytest.mark.parametrize(("data", "group", "placement"), [(2, 1, "shard_map"), (1, 2, "jit")])
+@pytest.mark.parametrize(
+    ("data", "group", "placement"),
+    [(2, 1, "shard_map"), pytest.param(1, 2, "jit", marks=pytest.mark.slow)],
+)
 def test_a_batch_in_parts_is_the_same_batch(data, group, placement):
     run = trainer(data, group, placement=placement, recipe=changed(accumulate=4))
     _, losses = train(run, run.init(), 4)
@@ -249,7 +252,7 @@ def scaled(loss_scale, scale: float):
 
 
 @pytest.mark.usefixtures("mixed_types")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), "float16"])
 def test_sixteen_bits_learn_as_thirty_two(dtype):
     run = trainer(1, 2, recipe=changed(dtype=dtype))
     state = run.init()
@@ -280,6 +283,7 @@ def test_a_step_that_is_too_large_for_float16_changes_the_scale_only():
         chex.assert_trees_all_equal(jax.device_get(state.params), before)
 
 
+@pytest.mark.slow
 def test_the_running_mean_is_that_of_the_parameters():
     run = trainer(1, 2, recipe=changed(ema=0.9))
     state = run.init()

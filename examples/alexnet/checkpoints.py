@@ -5,6 +5,7 @@ Each is written in the background to a folder of another name, which is renamed 
 
 import contextlib
 import errno
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,7 +33,8 @@ class Checkpoints:
       folder: where they are.
       keep: how many of the newest to keep, besides the one with the least error.
       warn: what to do with a warning, a sentence.
-      read_only: whether another process may be saving here meanwhile; nothing is changed then.
+      read_only: whether another process may be saving here meanwhile; nothing is changed then but
+        for metrics that cannot be read, which are put aside.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Checkpoints:
         self._warn = warn
         self._whole: int | None = None
         self._saving: int | None = None
+        distributed.by_the_first(lambda: _put_aside_damaged_metrics(folder))
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
             options=ocp.CheckpointManagerOptions(
@@ -195,6 +198,15 @@ class Checkpoints:
                 f"cannot write the checkpoint of step {step} to {self._folder}: "
                 f"{_reason(error)}; the last whole one is {self.newest}"
             ) from error
+
+
+def _put_aside_damaged_metrics(folder: Path) -> None:
+    """Orbax reads those of all checkpoints at its start, and raises for a single damaged file."""
+    for path in folder.glob("[0-9]*/metrics/metrics"):
+        try:
+            json.loads(path.read_bytes())
+        except ValueError:
+            path.parent.rename(path.parent.with_name("damaged-metrics"))
 
 
 def _reason(error: BaseException) -> str:

@@ -165,7 +165,8 @@ class Work:
     """Processes that read and decode images; 0 does it in threads of this one."""
 
     max_damaged: int = 100
-    """Images that cannot be read before the run stops; each is named, and another is taken."""
+    """Images that cannot be read before the run stops, in each process since its start.
+    Each is named, and another is taken."""
 
     profile_input: bool = False
     """Measure how fast images are read and how fast they are trained on, and stop."""

@@ -1,13 +1,12 @@
 """A run: its settings, images, net, state and folder, set up new or from where it was left."""
 
+import contextlib
 import dataclasses
 import datetime
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 import jax
 import numpy as np
@@ -45,8 +44,17 @@ class Run:
     state: TrainState
     checkpoints: Checkpoints
     damage: Damage
-    lock: IO[str] | None = None
-    """Kept open as long as the run may write to its folder."""
+    lock: contextlib.ExitStack
+    """Held as long as the run may write to its folder."""
+
+    def close(self) -> None:
+        """Waits until what was saved is on disk, and leaves the folder to others.
+
+        Raises:
+          RunError: it cannot be written.
+        """
+        with self.lock:
+            self.checkpoints.close()
 
     @property
     def batch_size(self) -> int:
@@ -106,37 +114,59 @@ def set_up(config: TrainConfig, warn: Callable[[str], None] = print) -> Run:
     folder = resumed or new_folder(config)
     distributed.by_all("folder", lambda: check_shared(folder))
     looks_only = resumed is not None and (config.eval_only or config.work.profile_input)
-    locks: list[IO[str] | None] = []
-    if not looks_only:
-        distributed.by_the_first(lambda: locks.append(locked(folder)))
-    try:
-        checkpoints = Checkpoints(
-            folder / CHECKPOINTS, config.work.keep, warn, read_only=looks_only
-        )
-        state = trainer.init(weights and weights.params)
-        run = Run(
-            *(config, folder, dataset, net, trainer, state, checkpoints),
-            Damage(config.work.max_damaged, warn),
-            *locks,
-        )
-        if resumed:
-            if TrainConfig.load(folder / CONFIG)[1] != describe_images(dataset):
-                raise UsageError(f"the images of {config.data} have changed since {folder} began")
-            run.state, position = checkpoints.restore_newest(like=state)
-            if position != run.position():
-                raise UsageError(f"{folder} was left at {position}, which is not {run.position()}")
-        else:
-            # So that there is something to go on from however early the run is stopped.
-            checkpoints.save(state, run.position())
-            checkpoints.wait()
-            if distributed.is_first():
-                preprocessing.save(folder / PREPROCESSING)
-                # The last one, whole or not at all: by it a folder is known as that of a run.
-                config.save(folder / f"{CONFIG}.new", **describe_images(dataset))
-                (folder / f"{CONFIG}.new").replace(folder / CONFIG)
-    except OSError as error:
-        raise UsageError(f"cannot write to the run folder {folder}: {error.strerror}") from error
+    with contextlib.ExitStack() as lock:
+        if not looks_only:
+            distributed.by_the_first(lambda: take(lock, folder))
+        try:
+            run = Run(
+                config=config,
+                folder=folder,
+                dataset=dataset,
+                net=net,
+                trainer=trainer,
+                state=trainer.init(weights and weights.params),
+                checkpoints=Checkpoints(
+                    folder / CHECKPOINTS, config.work.keep, warn, read_only=looks_only
+                ),
+                damage=Damage(config.work.max_damaged, warn),
+                lock=contextlib.ExitStack(),
+            )
+            if resumed:
+                go_on(run)
+            else:
+                begin(run)
+        except OSError as error:
+            raise UsageError(
+                f"cannot write to the run folder {folder}: {error.strerror}"
+            ) from error
+        run.lock = lock.pop_all()
     return run
+
+
+def begin(run: Run) -> None:
+    """Fills the folder of a new run."""
+    # So that there is something to go on from however early the run is stopped.
+    run.checkpoints.save(run.state, run.position())
+    run.checkpoints.wait()
+    if distributed.is_first():
+        run.trainer.preprocessing.save(run.folder / PREPROCESSING)
+        # The last one, whole or not at all: by it a folder is known as that of a run.
+        new = run.folder / f"{CONFIG}.new"
+        run.config.save(new, **describe_images(run.dataset))
+        new.replace(run.folder / CONFIG)
+
+
+def go_on(run: Run) -> None:
+    """Takes the state from where the run was left.
+
+    Raises:
+      UsageError: it cannot go on.
+    """
+    if TrainConfig.load(run.folder / CONFIG)[1] != describe_images(run.dataset):
+        raise UsageError(f"the images of {run.config.data} have changed since {run.folder} began")
+    run.state, position = run.checkpoints.restore_newest(like=run.state)
+    if position != run.position():
+        raise UsageError(f"{run.folder} was left at {position}, which is not {run.position()}")
 
 
 def load(config: TrainConfig) -> tuple[Mesh, sources.Dataset, AlexNetConfig]:
@@ -230,7 +260,7 @@ def describe_images(dataset: sources.Dataset) -> dict:
     }
 
 
-@contextmanager
+@contextlib.contextmanager
 def user_errors() -> Iterator[None]:
     """What the library refuses here, the user has asked for."""
     try:
@@ -274,24 +304,23 @@ def new_folder(config: TrainConfig) -> Path:
     return folder
 
 
-def locked(folder: Path) -> IO[str] | None:
-    """A file that nobody else has locked, so that two processes do not train in one folder.
+def take(lock: contextlib.ExitStack, folder: Path) -> None:
+    """Locks the folder, so that two processes do not train in it, as long as `lock` is open.
 
-    None where there are no locks, as on some network file systems.
+    Nothing is locked where there are no locks, as on some network file systems.
 
     Raises:
-      UsageError: somebody else has.
+      UsageError: somebody else has locked it.
     """
     try:
         import fcntl
 
-        file = (folder / "lock").open("w")
+        file = lock.enter_context((folder / "lock").open("w"))
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise UsageError(f"another process is training in {folder}") from error
     except (ImportError, OSError):
-        return None
-    return file
+        return
 
 
 def check_shared(folder: Path) -> None:
