@@ -169,7 +169,6 @@ def assert_same(actual: list[dict], expected: list[dict]) -> None:
         pytest.param(2, (2, 1), by_slurm, marks=pytest.mark.slow),
         pytest.param(2, (2, 2), by_hand, marks=pytest.mark.slow),
         pytest.param(4, (2, 2), by_hand, marks=pytest.mark.slow),
-        pytest.param(4, (1, 4), by_hand, marks=pytest.mark.slow),
     ],
 )
 def test_several_processes_train_as_one(folder, count, mesh, how):
@@ -286,8 +285,8 @@ def test_processes_begin_together_or_not_at_all(folder, different, reason):
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("told", "early", "placement"),
-    [((0,), False, "shard_map"), ((1,), False, "jit"), ((0, 1), False, "jit"), ((1,), True, "jit")],
-    ids=["the first", "the second", "both", "before the first step"],
+    [((0,), False, "shard_map"), ((0, 1), False, "jit"), ((1,), True, "jit")],
+    ids=["the first", "both", "the second, before the first step"],
 )
 def test_asked_to_stop_all_save_and_the_run_goes_on(folder, told, early, placement):
     epochs = 12
