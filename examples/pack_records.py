@@ -6,6 +6,7 @@ python examples/pack_records.py --help
 """
 
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -105,7 +106,9 @@ def pack(config: Pack, console: Console) -> None:
                 share = len(source) / len(dataset.train)
                 files = max(1, min(round(config.shards * share), len(source)))
                 bar = progress.add_task(kind, total=len(source))
-                written = write(config, kind, source, files, lambda: progress.advance(bar))  # noqa: B023
+                written = write(
+                    config, kind, source, files, functools.partial(progress.advance, bar)
+                )
                 counts[kind] = sum(shard.count for shard in written)
                 digests += [shard.digest for shard in written]
                 for line in (line for shard in written for line in shard.skipped):

@@ -5,6 +5,7 @@ do not count devices.
 """
 
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import jax
 import pytest
@@ -55,3 +56,18 @@ def quick_compilation() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Where there are images for the example to train on."""
+    from test_data import save_classes
+
+    save_classes(tmp_path / "images", {"a": 40, "b": 40})
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """For the programs that the example compiles, which a module's tests share."""
+    return tmp_path_factory.mktemp("cache")

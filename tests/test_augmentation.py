@@ -50,7 +50,10 @@ def crops(image: np.ndarray) -> dict[tuple[int, int, bool], np.ndarray]:
 @pytest.mark.parametrize("flip", [False, True])
 def test_every_crop_and_its_mirror_image_comes_up(prepared, flip):
     keys = jax.random.split(jax.random.key(0), 300)
-    view = lambda key: prepared.random_view(IMAGE, key, CROP, flip=flip, colour=0.0)  # noqa: E731
+
+    def view(key):
+        return prepared.random_view(IMAGE, key, CROP, flip=flip, colour=0.0)
+
     expected, seen = crops(whole(prepared)), set()
     for found in np.asarray(jax.vmap(view)(keys)):
         (which,) = (at for at, crop in expected.items() if np.allclose(crop, found, atol=1e-4))
@@ -76,7 +79,10 @@ def test_colours_are_shifted_along_the_principal_components(prepared):
     count = 4000
     flat = np.zeros((CROP, CROP, 3), np.uint8)
     plain = prepared._replace(mean=np.zeros(3, np.float32))
-    view = lambda key: plain.random_view(flat, key, CROP, flip=True, colour=0.1)  # noqa: E731
+
+    def view(key):
+        return plain.random_view(flat, key, CROP, flip=True, colour=0.1)
+
     keys = jax.random.split(jax.random.key(3), count)
     views = np.asarray(jax.vmap(view)(keys), np.float64)
     assert np.ptp(views, axis=(1, 2)).max() == 0  # The same for every pixel.
@@ -88,7 +94,10 @@ def test_colours_are_shifted_along_the_principal_components(prepared):
     ramp = np.broadcast_to(np.arange(SIZE, dtype=np.uint8)[:, None, None], (SIZE, SIZE, 3))
     ramp = ramp * 16 + np.arange(SIZE, dtype=np.uint8)[:, None]
     plain = plain._replace(std=np.ones(3, np.float32))
-    where = lambda key: plain.random_view(ramp, key, CROP, flip=True, colour=0.0)  # noqa: E731
+
+    def where(key):
+        return plain.random_view(ramp, key, CROP, flip=True, colour=0.0)
+
     corner = np.asarray(jax.vmap(where)(keys))[:, 0, (0, -1), 0]
     top, left = corner.min(1) // 16, corner.min(1) % 16
     drawn = np.column_stack([along, top, left, corner[:, 0] > corner[:, 1]])

@@ -17,7 +17,6 @@ import jax
 import pytest
 from rich.console import Console
 from settings import config_of
-from test_data import save_classes
 
 from alexnet.loop import Loop
 from alexnet.metrics import read_metrics
@@ -36,18 +35,11 @@ SETTINGS: dict[str, Any] = {
 QUICK = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    """Compiled programs, which the tests share."""
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
-def folder(tmp_path, cache) -> Path:
-    """Where there are images to train on."""
-    (tmp_path / "cache").symlink_to(cache)
-    save_classes(tmp_path / "images", {"a": 40, "b": 40})
-    return tmp_path
+def folder(folder, cache) -> Path:
+    """Where there are images to train on, and the cache has the same name in every process."""
+    (folder / "cache").symlink_to(cache)
+    return folder
 
 
 def free_port() -> int:

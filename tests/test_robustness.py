@@ -33,19 +33,6 @@ OPTIONS = (
 AGAIN = ("--resume", "--run-dir", "run")
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    """Compiled programs, which the tests share."""
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    """Where there are images to train on."""
-    save_classes(tmp_path / "images", {"a": 40, "b": 40})
-    return tmp_path
-
-
 STARTED: list[subprocess.Popen] = []
 
 

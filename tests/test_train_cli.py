@@ -16,7 +16,6 @@ import pytest
 from flax import nnx
 from PIL import Image
 from settings import PARTS, config_of
-from test_data import save_classes
 
 from alexnet.config import TrainConfig
 from alexnet.errors import UsageError
@@ -30,19 +29,6 @@ RUN = ("--data", "folder:images", "--batch-size", 16, "--run-dir", "run")
 """Of 64 training images, so that an epoch has four steps."""
 
 AGAIN = ("--resume", "--run-dir", "run")
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    """Compiled programs, which the tests share."""
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    """Where there are images to train on."""
-    save_classes(tmp_path / "images", {"a": 40, "b": 40})
-    return tmp_path
 
 
 def quick(optimized: bool = False) -> dict[str, str]:

@@ -1,16 +1,15 @@
 """The settings of a run: dataclasses, which are the command line and `config.json` too."""
 
 import dataclasses
-import difflib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import dacite
 import tyro
 
+from alexnet.checked import checked
 from alexnet.errors import UsageError
 from grouped_conv_jax.models import ALEXNETS, AlexNetConfig
 from grouped_conv_jax.towers import Placement
@@ -328,7 +327,7 @@ class TrainConfig:
             raise UsageError(f"no settings in {path}: {error.strerror}") from error
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise UsageError(f"{path} is not what a run has written") from error
-        return from_dict(cls, settings, path), saved
+        return checked(cls, settings, path), saved
 
     def check_same_as(self, saved: "TrainConfig") -> None:
         """Raises UsageError where a resumed run would train otherwise than it began."""
@@ -339,47 +338,6 @@ class TrainConfig:
                     f"the run to resume was started with --{option(name)} {before[name]}, "
                     f"not {now[name]}"
                 )
-
-
-def from_dict(cls: type[TrainConfig], settings: Any, path: Path) -> TrainConfig:
-    """Settings from what JSON has made of them.
-
-    Raises:
-      UsageError: one of them is unknown, and which is nearest to it; or it is of a wrong type.
-    """
-    hooks: Mapping[Any, Any] = {Path: lambda x: Path(x) if isinstance(x, str) else x}
-    try:
-        return dacite.from_dict(
-            cls, settings, dacite.Config(strict=True, cast=[tuple], type_hooks=hooks)
-        )
-    except dacite.UnexpectedDataError as error:
-        unknown = min(error.keys)
-        known = {name: where for where in _paths() for name in (where, where.rpartition(".")[2])}
-        nearest = known[_nearest(unknown, known)]
-        raise UsageError(f'{path}: unknown setting "{unknown}"; the nearest is "{nearest}"') from (
-            error
-        )
-    except dacite.WrongTypeError as error:
-        if get_origin(error.field_type) is Literal:
-            nearest = _nearest(str(error.value), get_args(error.field_type))
-            raise UsageError(
-                f'{path}: unknown {error.field_path} "{error.value}"; the nearest is "{nearest}"'
-            ) from error
-        raise UsageError(f"{path}: {error}") from error
-    except (dacite.DaciteError, TypeError, ValueError, AttributeError) as error:
-        raise UsageError(f"{path}: {error}") from error
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    return difflib.get_close_matches(word, known, n=1, cutoff=0)[0]
-
-
-def _paths() -> Iterator[str]:
-    """Every setting and every part as a file has it, such as "recipe" and "recipe.momentum"."""
-    for name, value in vars(TrainConfig()).items():
-        yield name
-        if dataclasses.is_dataclass(value):
-            yield from (f"{name}.{field.name}" for field in dataclasses.fields(value))
 
 
 def option(name: str) -> str:
