@@ -228,6 +228,25 @@ def test_an_end_by_the_runtime_is_explained():
 
 
 @pytest.mark.slow
+def test_all_go_on_from_a_checkpoint_that_each_can_read(folder):
+    train(folder, 2, *new_run((1, 2), epochs=2))
+    before = evaluations(folder)
+    checkpoints = folder / "run" / "checkpoints"
+    newest = max(int(path.name) for path in checkpoints.iterdir())
+    # What the second process has written, and alone reads.
+    data = (checkpoints / str(newest) / "state" / "ocdbt.process_1" / "d").iterdir()
+    largest = max(data, key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    train(folder, 2, "--resume", "--run-dir", "run")
+    for number in range(2):
+        said = (folder / f"{number}.err").read_text()
+        assert f"checkpoints/{newest}: " in said
+        assert f"going on from step {newest // 2}" in said
+    assert (checkpoints / f"damaged-{newest}").exists()
+    assert_same(evaluations(folder), before)
+
+
+@pytest.mark.slow
 def test_processes_that_do_not_meet_say_so():
     port = free_port()
     result = program(

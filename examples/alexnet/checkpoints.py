@@ -128,14 +128,11 @@ class Checkpoints:
         if not steps:
             raise UsageError(f"nothing to resume: no checkpoint in {self._folder}")
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
-        arguments = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore()
-        )
         reasons = []
         for step in steps:
             restored, reason = {}, ""
             try:
-                restored = self._manager.restore(step, args=arguments)
+                restored = _read_alone(self._folder / str(step), abstract)
                 jax.block_until_ready(restored["state"])
             except Exception as error:
                 # What orbax raises depends on which of its files is damaged.
@@ -207,6 +204,32 @@ def _put_aside_damaged_metrics(folder: Path) -> None:
             json.loads(path.read_bytes())
         except ValueError:
             path.parent.rename(path.parent.with_name("damaged-metrics"))
+
+
+def _read_alone(folder: Path, like: Any) -> dict[str, Any]:
+    """What this process needs of a checkpoint, read without waiting for the other processes.
+
+    Otherwise one that cannot read its part, and those that can, would wait for different things.
+    """
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
+    )
+    parts = {
+        "state": (
+            ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+            ocp.args.StandardRestore(like),
+        ),
+        "position": (
+            ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+            ocp.args.JsonRestore(),
+        ),
+    }
+    found = {}
+    for name, (handler, arguments) in parts.items():
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+            found[name] = reader.restore(folder.absolute() / name, args=arguments)
+    return found
 
 
 def _reason(error: BaseException) -> str:
