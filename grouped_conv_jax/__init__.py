@@ -11,7 +11,9 @@ from grouped_conv_jax.algorithms import implementations
 from grouped_conv_jax.conv import grouped_conv
 from grouped_conv_jax.counting import count_multiply_adds
 from grouped_conv_jax.explanation import Explanation, explain
+from grouped_conv_jax.gradients import grouped_conv_input_grad, grouped_conv_kernel_grad
 from grouped_conv_jax.measuring import tune
+from grouped_conv_jax.transpose import grouped_conv_transpose
 from grouped_conv_jax.tuning import Tuning
 from grouped_conv_jax.version import __version__
 
@@ -25,6 +27,9 @@ __all__ = [
     "count_multiply_adds",
     "explain",
     "grouped_conv",
+    "grouped_conv_input_grad",
+    "grouped_conv_kernel_grad",
+    "grouped_conv_transpose",
     "implementations",
     "linen",
     "models",

@@ -1,4 +1,4 @@
-"""From the arguments of `grouped_conv` to a `ConvSpec`, refusing what is wrong before any work.
+"""Arguments in canonical form, and what is wrong with them refused before any work.
 
 Everything that users get wrong is checked here with a message that names the argument, both
 numbers and the mend. What remains is put to `jax.lax.conv_general_dilated` in the abstract, so
@@ -14,91 +14,7 @@ import jax
 import numpy as np
 from jax import lax
 from jax.core import ShapedArray
-from jax.sharding import AbstractMesh, NamedSharding
-
-from grouped_conv_jax.explicit import has_explicit_axes, result_sharding
-from grouped_conv_jax.spec import ConvSpec
-
-PADDINGS = ("SAME", "SAME_LOWER", "VALID")
-
-
-def conv_spec(
-    lhs: Any,
-    rhs: Any,
-    window_strides: Any,
-    padding: Any,
-    lhs_dilation: Any,
-    rhs_dilation: Any,
-    dimension_numbers: Any,
-    feature_group_count: Any,
-    precision: Any,
-    preferred_element_type: Any,
-    out_sharding: Any,
-) -> tuple[ConvSpec, NamedSharding | None]:
-    """The spec of one convolution, and on an Explicit mesh the sharding of its result.
-
-    Arguments as in `grouped_conv`.
-
-    Raises:
-      ValueError, TypeError: an argument is wrong; the message says which and how to mend it.
-    """
-    groups = group_count("feature_group_count", feature_group_count)
-    lhs, rhs = array_type("lhs", lhs), array_type("rhs", rhs)
-    if lhs.dtype != rhs.dtype:
-        raise TypeError(
-            f"lhs and rhs must have the same dtype, got {lhs.dtype} and {rhs.dtype}; "
-            "convert one of them with astype"
-        )
-    numbers = layout(lhs.shape, rhs.shape, dimension_numbers)
-    rank = lhs.ndim - 2
-    strides = _positive_integers("window_strides", window_strides, rank)
-    lhs_dilation = _positive_integers("lhs_dilation", lhs_dilation, rank, default=1)
-    rhs_dilation = _positive_integers("rhs_dilation", rhs_dilation, rank, default=1)
-    _check_groups(lhs.shape, rhs.shape, numbers, groups)
-    pairs = _padding_pairs(padding, lhs, rhs, strides, lhs_dilation, rhs_dilation, numbers)
-    if precision is None:
-        # Read now, as lax does: by the time of lowering the context may be another.
-        precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
-    elif isinstance(precision, list):
-        precision = tuple(precision)
-    try:
-        hash(precision)
-    except TypeError:
-        raise TypeError(
-            f"precision must be a name, a jax.lax.Precision or two of them, got {precision!r}"
-        ) from None
-
-    arguments = {
-        "window_strides": strides,
-        # lax takes a string where it would refuse the pairs of symbolic sizes that it stands for.
-        "padding": padding if isinstance(padding, str) else pairs,
-        "lhs_dilation": lhs_dilation,
-        "rhs_dilation": rhs_dilation,
-        "dimension_numbers": numbers,
-        "feature_group_count": groups,
-        "precision": precision,
-        "preferred_element_type": preferred_element_type,
-    }
-    x64 = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
-    out_dtype = _dtype_in_lax(lhs.shape, rhs.shape, lhs.dtype, x64, **arguments)
-    spec = ConvSpec(
-        lhs_shape=lhs.shape,
-        rhs_shape=rhs.shape,
-        dtype=lhs.dtype,
-        out_dtype=out_dtype,
-        window_strides=strides,
-        padding=pairs,
-        lhs_dilation=lhs_dilation,
-        rhs_dilation=rhs_dilation,
-        dimension_numbers=numbers,
-        feature_group_count=groups,
-        precision=precision,
-    )
-    if out_sharding is not None:
-        return spec, _sharding_in_lax(lhs, rhs, out_sharding, **arguments)
-    if has_explicit_axes(_mesh(lhs, rhs)):
-        return spec, result_sharding(spec, lhs.sharding, rhs.sharding)
-    return spec, None
+from jax.sharding import AbstractMesh
 
 
 def group_count(name: str, value: Any) -> int:
@@ -107,16 +23,34 @@ def group_count(name: str, value: Any) -> int:
     """
     if isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be an integer, got the boolean {value}")
-    count = _index(name, value)
+    count = integer(name, value)
     if count < 1:
         raise ValueError(f"{name} must be at least 1, got {count}")
     return count
 
 
-def array_type(name: str, value: Any) -> Any:
-    """The shape and dtype of an array, traced or not."""
+def precision(value: Any) -> Any:
+    """As it is asked for, hashable; by default that of the context.
+
+    Read now, as lax does: by the time of lowering the context may be another.
+    """
+    if value is None:
+        return jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(value, list):
+        value = tuple(value)
     try:
-        aval = jax.typeof(value)
+        hash(value)
+    except TypeError:
+        raise TypeError(
+            f"precision must be a name, a jax.lax.Precision or two of them, got {value!r}"
+        ) from None
+    return value
+
+
+def array_type(name: str, value: Any) -> Any:
+    """The type of an array, traced or not; a type is its own."""
+    try:
+        aval = value if isinstance(value, ShapedArray) else jax.typeof(value)
     except TypeError:
         aval = None
     if not isinstance(aval, ShapedArray):
@@ -124,6 +58,24 @@ def array_type(name: str, value: Any) -> Any:
             f"{name} must be an array, got {type(value).__name__}; convert it with jnp.asarray"
         )
     return aval
+
+
+def shape(name: str, value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, Iterable) or isinstance(value, str):
+        raise TypeError(f"{name} must be a sequence of integers, got {value!r}")
+    sizes = tuple(integer(name, size) for size in value)
+    if any(isinstance(size, int) and size < 0 for size in sizes):
+        raise ValueError(f"{name} must be made of sizes of at least 0, got {sizes}")
+    return sizes
+
+
+def check_same_dtype(**operands: Any) -> None:
+    (first, a), (second, b) = operands.items()
+    if a.dtype != b.dtype:
+        raise TypeError(
+            f"{first} and {second} must have the same dtype, got {a.dtype} and {b.dtype}; "
+            "convert one of them with astype"
+        )
 
 
 def layout(lhs_shape: Sequence[int], rhs_shape: Sequence[int], dimension_numbers: Any):
@@ -152,37 +104,27 @@ def check_divides(name: str, count: int, what: str, size: int) -> None:
     raise ValueError(f"{name}={count} does not divide {what} ({size}); divisors: {listed}")
 
 
-def _sharding_in_lax(lhs: Any, rhs: Any, out_sharding: Any, **arguments: Any) -> NamedSharding:
-    """What lax makes of an out_sharding."""
-    operands = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in (lhs, rhs)]
-    with jax.sharding.use_abstract_mesh(_mesh(lhs, rhs)):
-        return jax.eval_shape(
-            functools.partial(lax.conv_general_dilated, **arguments, out_sharding=out_sharding),
-            *operands,
-        ).sharding
+def result_in_lax(
+    lhs_shape: Sequence[Any], rhs_shape: Sequence[Any], dtype: np.dtype, **arguments: Any
+) -> jax.ShapeDtypeStruct:
+    """The result that `jax.lax.conv_general_dilated` gives, if it takes the arguments.
 
-
-def _mesh(lhs: Any, rhs: Any) -> AbstractMesh:
-    meshes = (lhs.sharding.mesh, rhs.sharding.mesh)
-    return next((m for m in meshes if not m.empty), jax.sharding.get_abstract_mesh())
+    Cached, since outside jit it would be most of the cost of a call.
+    """
+    x64 = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+    return _result_in_lax(tuple(lhs_shape), tuple(rhs_shape), dtype, x64, **arguments)
 
 
 @functools.lru_cache(maxsize=1024)
-def _dtype_in_lax(lhs_shape, rhs_shape, dtype, x64, **arguments) -> np.dtype:
-    """The dtype that lax gives the result, if it takes the arguments.
-
-    Cached, since outside jit it would be most of the cost of a call. `x64` decides what a
-    preferred_element_type means, so it is part of the key.
-    """
+def _result_in_lax(lhs_shape, rhs_shape, dtype, x64, **arguments) -> jax.ShapeDtypeStruct:
+    # What a preferred_element_type means is decided by `x64`, so it is part of the key.
     del x64
     operands = [jax.ShapeDtypeStruct(shape, dtype) for shape in (lhs_shape, rhs_shape)]
     with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
-        return jax.eval_shape(
-            functools.partial(lax.conv_general_dilated, **arguments), *operands
-        ).dtype
+        return jax.eval_shape(functools.partial(lax.conv_general_dilated, **arguments), *operands)
 
 
-def _check_groups(lhs_shape: Any, rhs_shape: Any, numbers: Any, groups: int) -> None:
+def check_groups(lhs_shape: Any, rhs_shape: Any, numbers: Any, groups: int) -> None:
     inputs = lhs_shape[numbers.lhs_spec[1]]
     outputs, depth = (rhs_shape[d] for d in numbers.rhs_spec[:2])
     check_divides("feature_group_count", groups, "the features of lhs", inputs)
@@ -198,46 +140,16 @@ def _check_groups(lhs_shape: Any, rhs_shape: Any, numbers: Any, groups: int) -> 
             f"rhs takes {depth} input features per group, but lhs has {inputs} features in "
             f"feature_group_count={groups}, {inputs // groups} each; {mend}"
         )
+    check_taps(rhs_shape, numbers)
+
+
+def check_taps(rhs_shape: Any, numbers: Any) -> None:
     if 0 in (taps := tuple(rhs_shape[d] for d in numbers.rhs_spec[2:])):
         raise ValueError(f"rhs must have at least one tap in each spatial dimension, got {taps}")
 
 
-def _padding_pairs(padding, lhs, rhs, strides, lhs_dilation, rhs_dilation, numbers):
-    rank = len(strides)
-    if isinstance(padding, str):
-        if padding.upper() not in PADDINGS:
-            raise ValueError(
-                f"unknown padding {padding!r}; known: {', '.join(PADDINGS)}, or one (low, high) "
-                "pair for each spatial dimension"
-            )
-        if any(d != 1 for d in lhs_dilation):
-            raise ValueError(
-                f"padding={padding!r} has no meaning with lhs_dilation={lhs_dilation}; "
-                "give one (low, high) pair for each spatial dimension"
-            )
-        window = [
-            1 + dilation * (rhs.shape[d] - 1)
-            for d, dilation in zip(numbers.rhs_spec[2:], rhs_dilation, strict=True)
-        ]
-        spatial = [lhs.shape[d] for d in numbers.lhs_spec[2:]]
-        padding = lax.padtype_to_pads(spatial, window, strides, padding)
-        return tuple((low, high) for low, high in padding)
-    if not isinstance(padding, Iterable):
-        raise TypeError(f"padding must be a string or (low, high) pairs, got {padding!r}")
-    pairs = list(padding)
-    if len(pairs) != rank:
-        raise ValueError(
-            f"padding must have one (low, high) pair for each of {rank} spatial dimensions, "
-            f"got {len(pairs)}: {padding}"
-        )
-    for pair in pairs:
-        if not isinstance(pair, Iterable) or len(list(pair)) != 2:
-            raise ValueError(f"padding must consist of (low, high) pairs, got {pair!r}")
-    return tuple((_index("padding", low), _index("padding", high)) for low, high in pairs)
-
-
-def _positive_integers(
-    name: str, values: Any, rank: int, default: int | None = None
+def integers(
+    name: str, values: Any, rank: int, default: int | None = None, least: int = 1
 ) -> tuple[int, ...]:
     if values is None and default is not None:
         return (default,) * rank
@@ -245,18 +157,18 @@ def _positive_integers(
         raise TypeError(
             f"{name} must be a sequence of integers, one for each spatial dimension, got {values!r}"
         )
-    integers = tuple(_index(name, value) for value in values)
-    if len(integers) != rank:
+    found = tuple(integer(name, value) for value in values)
+    if len(found) != rank:
         raise ValueError(
             f"{name} must have one integer for each of {rank} spatial dimensions, "
-            f"got {len(integers)}: {integers}"
+            f"got {len(found)}: {found}"
         )
-    if any(value < 1 for value in integers):
-        raise ValueError(f"{name} must be at least 1, got {integers}")
-    return integers
+    if any(value < least for value in found):
+        raise ValueError(f"{name} must be at least {least}, got {found}")
+    return found
 
 
-def _index(name: str, value: Any) -> Any:
+def integer(name: str, value: Any) -> Any:
     try:
         return operator.index(value)
     except TypeError:

@@ -4,22 +4,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from grouped_conv_jax import arguments
 from grouped_conv_jax.algorithms import check_name
 from grouped_conv_jax.contraction import contract
-from grouped_conv_jax.explicit import untyped
+from grouped_conv_jax.explicit import sharding_of_result
+from grouped_conv_jax.forward import forward
+from grouped_conv_jax.padding import PaddingLike
 
 
 def grouped_conv(
     lhs: ArrayLike,
     rhs: ArrayLike,
     window_strides: Sequence[int],
-    padding: str | Sequence[tuple[int, int]],
+    padding: PaddingLike,
     lhs_dilation: Sequence[int] | None = None,
     rhs_dilation: Sequence[int] | None = None,
     dimension_numbers: lax.ConvDimensionNumbers | Sequence[str] | None = None,
@@ -92,12 +92,7 @@ def grouped_conv(
       (a group for each feature).
     """
     check_name(implementation)
-    batch_group_count = arguments.group_count("batch_group_count", batch_group_count)
-    if batch_group_count > 1:
-        lhs, feature_group_count = _feature_groups(
-            lhs, rhs, dimension_numbers, feature_group_count, batch_group_count
-        )
-    spec, sharding = arguments.conv_spec(
+    call = forward(
         lhs,
         rhs,
         window_strides,
@@ -106,49 +101,19 @@ def grouped_conv(
         rhs_dilation,
         dimension_numbers,
         feature_group_count,
+        batch_group_count,
         precision,
         preferred_element_type,
-        out_sharding,
+    )
+    lhs = call.prepared(lhs)
+    sharding = sharding_of_result(
+        "fprop", call.spec, jax.typeof(lhs), jax.typeof(rhs), out_sharding
     )
     return contract(
         lhs,
         rhs,
         contraction="fprop",
-        spec=spec,
+        spec=call.spec,
         implementation=implementation,
         out_sharding=sharding,
     )
-
-
-def _feature_groups(
-    lhs: Any, rhs: Any, dimension_numbers: Any, feature_group_count: Any, batch_group_count: int
-) -> tuple[jax.Array, int]:
-    """Batch groups as feature groups: [(G N), C] becomes [N, (G C)]; the kernel stays."""
-    if arguments.group_count("feature_group_count", feature_group_count) > 1:
-        raise ValueError(
-            f"only one of feature_group_count={feature_group_count} and "
-            f"batch_group_count={batch_group_count} may be more than 1"
-        )
-    shapes = arguments.array_type("lhs", lhs).shape, arguments.array_type("rhs", rhs).shape
-    numbers = arguments.layout(*shapes, dimension_numbers)
-    (batch, features), (outputs, depth) = numbers.lhs_spec[:2], numbers.rhs_spec[:2]
-    if shapes[1][depth] != shapes[0][features]:
-        raise ValueError(
-            f"rhs takes {shapes[1][depth]} input features, but lhs has {shapes[0][features]} "
-            "features, which batch groups do not divide"
-        )
-    for size, what in (
-        (shapes[0][batch], "the batch of lhs"),
-        (shapes[1][outputs], "the output features of rhs"),
-    ):
-        arguments.check_divides("batch_group_count", batch_group_count, what, size)
-    split = list(shapes[0])
-    split[batch : batch + 1] = batch_group_count, split[batch] // batch_group_count
-    merged = list(shapes[0])
-    merged[batch] //= batch_group_count
-    merged[features] *= batch_group_count
-
-    def rearrange(lhs) -> Any:
-        return jnp.moveaxis(jnp.reshape(lhs, split), batch, features).reshape(merged)
-
-    return untyped(rearrange, jax.typeof(lhs).sharding)(lhs), batch_group_count

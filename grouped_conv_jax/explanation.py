@@ -202,7 +202,7 @@ def describe(spec: ConvSpec) -> str:
     ):
         if set(steps) - ({1} if name != "stride" else set()):
             parts.append(f"{name} {_crossed(steps if len(set(steps)) > 1 else steps[:1])}")
-    dtypes = dict.fromkeys([str(spec.dtype), str(spec.out_dtype)])
+    dtypes = dict.fromkeys([str(spec.dtype), str(spec.wide_dtype)])
     return ", ".join([*parts, " -> ".join(dtypes)])
 
 

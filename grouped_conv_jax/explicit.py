@@ -1,16 +1,20 @@
 """Meshes with Explicit axes, where shardings are part of types."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax
+import numpy as np
+from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, auto_axes
 
-from grouped_conv_jax.spec import ConvSpec
+from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec, Role
 
 Axes = tuple[str, ...]
 
 
-def has_explicit_axes(mesh: AbstractMesh) -> bool:
+def has_explicit_axes(mesh: Mesh | AbstractMesh) -> bool:
     return AxisType.Explicit in mesh.axis_types
 
 
@@ -31,70 +35,145 @@ def untyped(function: Callable, out_sharding: NamedSharding) -> Callable:
     return wrapped
 
 
-def result_sharding(spec: ConvSpec, lhs: NamedSharding, rhs: NamedSharding) -> NamedSharding:
-    """The sharding of a convolution's result that follows from those of its operands.
+def mesh_of(*operands: Any) -> AbstractMesh:
+    """That of the first operand that is on one, else that of the context."""
+    meshes = (x.sharding.mesh for x in operands)
+    return next((m for m in meshes if not m.empty), jax.sharding.get_abstract_mesh())
 
-    Batch and spatial dimensions are sharded as those of `lhs`. The features are sharded as the
-    outputs of `rhs`, or by groups as the features of `lhs`.
+
+def sharding_of_result(
+    contraction: Contraction, spec: ConvSpec, first: Any, second: Any, out_sharding: Any
+) -> NamedSharding | None:
+    """That which was asked for, or follows from the types of the operands; None on an Auto mesh.
 
     Raises:
-      ValueError: it does not follow; the message says what would mend it.
+      ValueError, TypeError: it does not follow; the message says what would mend it. Or what was
+        asked for is no sharding of the result.
     """
-    mesh = rhs.mesh if lhs.mesh.empty else lhs.mesh
-    by_lhs, by_rhs = _axes(lhs, len(spec.lhs_shape)), _axes(rhs, len(spec.rhs_shape))
+    mesh = mesh_of(first, second)
+    if out_sharding is not None:
+        return _canonical(out_sharding, spec.shape(RESULT[contraction]), mesh)
+    if not has_explicit_axes(mesh):
+        return None
+    by: dict[Role, list[Axes]] = {
+        role: _axes(x.sharding, len(spec.shape(role)))
+        for role, x in zip(OPERANDS[contraction], (first, second), strict=True)
+    }
+    rule = {"fprop": _fprop, "dgrad": _dgrad, "wgrad": _wgrad}[contraction]
+    dimensions = rule(spec, by, mesh)
+    _check_fits(dimensions, spec.shape(RESULT[contraction]), mesh)
+    return NamedSharding(mesh, PartitionSpec(*(axes or None for axes in dimensions)))
+
+
+def _canonical(out_sharding: Any, shape: Sequence[Any], mesh: AbstractMesh) -> NamedSharding:
+    """What JAX makes of an out_sharding."""
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.eval_shape(
+            lambda: lax.broadcasted_iota(np.int32, shape, 0, out_sharding=out_sharding)
+        ).sharding
+
+
+def _fprop(spec: ConvSpec, by: dict[Role, list[Axes]], mesh: AbstractMesh) -> list[Axes]:
+    """Batch and spatial dimensions as those of `lhs`. The features as the outputs of `rhs`, or by
+    groups as the features of `lhs`.
+    """
     result: list[Axes] = [()] * len(spec.out_shape)
     for at, source in zip(spec.layout("out"), spec.layout("lhs"), strict=True):
-        result[at] = by_lhs[source]
-    outputs, *others = (by_rhs[d] for d in spec.layout("rhs"))
+        result[at] = by["lhs"][source]
+    outputs, *others = (by["rhs"][d] for d in spec.layout("rhs"))
     if any(others):
         raise _ambiguous(
             f"rhs is sharded over {_listed(*others)} in its input features or its taps",
             "reshard rhs with jax.sharding.reshard",
         )
     features = spec.layout("out")[1]
-    result[features] = _features(spec, result[features], outputs, mesh)
-    if len(used := [axis for axes in result for axis in axes]) > len(set(used)):
+    if _cuts_groups(spec, result[features], mesh) and outputs:
+        result[features] = outputs
+    else:
+        result[features] = _by_groups(spec, "lhs", result[features], "rhs", outputs, mesh)
+    return result
+
+
+def _dgrad(spec: ConvSpec, by: dict[Role, list[Axes]], mesh: AbstractMesh) -> list[Axes]:
+    """Batch and spatial dimensions as those of `out`. The features by groups as those of `out`, or
+    of one group as the inputs of `rhs`.
+    """
+    result: list[Axes] = [()] * len(spec.lhs_shape)
+    for at, source in zip(spec.layout("lhs"), spec.layout("out"), strict=True):
+        result[at] = by["out"][source]
+    outputs, inputs, *taps = (by["rhs"][d] for d in spec.layout("rhs"))
+    if any(taps) or (inputs and spec.feature_group_count > 1):
         raise _ambiguous(
-            f"the result would be sharded twice over {_listed(*result)}",
-            "reshard one of lhs and rhs with jax.sharding.reshard",
+            f"rhs is sharded over {_listed(inputs, *taps)} within its groups or in its taps",
+            "reshard rhs with jax.sharding.reshard",
         )
-    for at, axes in enumerate(result):
+    features = spec.layout("lhs")[1]
+    whole = _by_groups(spec, "out", result[features], "rhs", outputs, mesh)
+    result[features] = whole or inputs
+    return result
+
+
+def _wgrad(spec: ConvSpec, by: dict[Role, list[Axes]], mesh: AbstractMesh) -> list[Axes]:
+    """The outputs as the features of `out`, or by groups as those of `lhs`; the inputs of one group
+    as the features of `lhs`. What is summed over is whole on each device.
+    """
+    result: list[Axes] = [()] * len(spec.rhs_shape)
+    inputs, outputs = (by[role][spec.layout(role)[1]] for role in ("lhs", "out"))
+    at_outputs, at_inputs, *_ = spec.layout("rhs")
+    if spec.feature_group_count == 1:
+        result[at_outputs], result[at_inputs] = outputs, inputs
+    elif outputs and _cuts_groups(spec, outputs, mesh):
+        result[at_outputs] = outputs
+    else:
+        result[at_outputs] = _by_groups(spec, "lhs", inputs, "out", outputs, mesh)
+    return result
+
+
+def _cuts_groups(spec: ConvSpec, axes: Axes, mesh: AbstractMesh) -> bool:
+    return spec.feature_group_count % math.prod(mesh.shape[axis] for axis in axes) != 0
+
+
+def _by_groups(
+    spec: ConvSpec, first: Role, a: Axes, second: Role, b: Axes, mesh: AbstractMesh
+) -> Axes:
+    """The axes that shard the groups, of two arrays with features in groups."""
+    if a and b and a != b:
+        raise _ambiguous(
+            f"the features of {first} are sharded over {_listed(a)}, and the outputs of {second} "
+            f"over {_listed(b)}",
+            "reshard one of them with jax.sharding.reshard",
+        )
+    if _cuts_groups(spec, a, mesh):
+        parts = math.prod(mesh.shape[axis] for axis in a)
+        raise _ambiguous(
+            f"the features of {first} are sharded over {_listed(a)}, {parts} devices, which cuts "
+            f"through its feature_group_count={spec.feature_group_count}",
+            f"shard the outputs of {second}, reshard {first} with jax.sharding.reshard",
+        )
+    return a or b
+
+
+def _check_fits(dimensions: Sequence[Axes], shape: Sequence[Any], mesh: AbstractMesh) -> None:
+    if len(used := [axis for axes in dimensions for axis in axes]) > len(set(used)):
+        raise _ambiguous(
+            f"the result would be sharded twice over {_listed(*dimensions)}",
+            "reshard one of the operands with jax.sharding.reshard",
+        )
+    for at, axes in enumerate(dimensions):
         parts = math.prod(mesh.shape[axis] for axis in axes)
-        if spec.out_shape[at] % parts:
+        if shape[at] % parts:
             raise _ambiguous(
                 f"{_listed(axes)} ({parts} devices) would not divide dimension {at} of the "
-                f"result {spec.out_shape}",
-                "reshard lhs with jax.sharding.reshard",
+                f"result {tuple(shape)}",
+                "reshard the operand with jax.sharding.reshard",
             )
-    return NamedSharding(mesh, PartitionSpec(*(axes or None for axes in result)))
-
-
-def _features(spec: ConvSpec, inputs: Axes, outputs: Axes, mesh: Mesh | AbstractMesh) -> Axes:
-    """The axes that shard the features of the result, from those of lhs and the outputs of rhs."""
-    groups = spec.feature_group_count
-    parts = math.prod(mesh.shape[axis] for axis in inputs)
-    if groups % parts == 0:
-        if inputs and outputs and inputs != outputs:
-            raise _ambiguous(
-                f"the features of lhs are sharded over {_listed(inputs)}, and the outputs of rhs "
-                f"over {_listed(outputs)}",
-                "reshard one of them with jax.sharding.reshard",
-            )
-        return inputs or outputs
-    if not outputs:
-        raise _ambiguous(
-            f"the features of lhs are sharded over {_listed(inputs)}, {parts} devices, which cuts "
-            f"through its feature_group_count={groups}",
-            "shard the outputs of rhs, reshard lhs with jax.sharding.reshard",
-        )
-    return outputs
 
 
 def _axes(sharding: NamedSharding, rank: int) -> list[Axes]:
     """The mesh axes of each dimension, as tuples."""
     if sharding.spec.unreduced or sharding.spec.reduced:
         raise ValueError(
-            f"lhs and rhs must not have unreduced or reduced mesh axes, got {sharding.spec}; "
+            f"operands must not have unreduced or reduced mesh axes, got {sharding.spec}; "
             "reshard them with jax.sharding.reshard"
         )
     entries = [*sharding.spec, *[None] * (rank - len(sharding.spec))]

@@ -2,10 +2,10 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from grouped_conv_jax.devices import DeviceKind
-from grouped_conv_jax.spec import Contraction, ConvSpec
+from grouped_conv_jax.spec import Contraction, ConvSpec, Role
 
 
 class Subject(NamedTuple):
@@ -44,9 +44,7 @@ def spec_key(spec: ConvSpec) -> str:
     """
     lhs, out = _labels("bf", spec.layout("lhs")), _labels("bf", spec.layout("out"))
     parts = [
-        f"{spec.dtype}{_listed(spec.lhs_shape)}",
-        f"{spec.dtype}{_listed(spec.rhs_shape)}",
-        f"{spec.out_dtype}{_listed(spec.out_shape)}",
+        *(f"{spec.role_dtype(role)}{_listed(spec.shape(role))}" for role in get_args(Role)),
         f"dim_labels={lhs}_{_labels('oi', spec.layout('rhs'))}->{out}",
         f"feature_group_count={spec.feature_group_count}",
         f"stride={_crossed(spec.window_strides)}",

@@ -170,7 +170,7 @@ def _alone(spec: ConvSpec) -> Iterator[None]:
     """Outside the caller's mesh, and with the types of the spec."""
     has_64_bits = any(
         dtype in (np.float64, np.complex128, np.int64, np.uint64)
-        for dtype in (spec.dtype, spec.out_dtype)
+        for dtype in (spec.dtype, spec.wide_dtype)
     )
     types = jax.enable_x64(True) if has_64_bits else contextlib.nullcontext()
     with types, jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())):

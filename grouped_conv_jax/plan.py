@@ -106,7 +106,7 @@ class Plan:
         # whose Explicit mesh means nothing here.
         has_64_bits = any(
             dtype in (np.float64, np.complex128, np.int64, np.uint64)
-            for dtype in (self.spec.dtype, self.spec.out_dtype)
+            for dtype in (self.spec.dtype, self.spec.wide_dtype)
         )
         types = jax.enable_x64(True) if has_64_bits else contextlib.nullcontext()
         with types, jax.sharding.use_abstract_mesh(AbstractMesh((), ())):

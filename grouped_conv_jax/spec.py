@@ -63,8 +63,11 @@ class ConvSpec:
     """A forward grouped convolution: shapes, dtypes and canonical arguments.
 
     Attributes are those of `jax.lax.conv_general_dilated` in canonical form: tuples of integers,
-    padding as pairs, `dimension_numbers` as a `ConvDimensionNumbers` of tuples. `dtype` is that of
-    both operands, `out_dtype` that of the result (`preferred_element_type`).
+    padding as pairs, `dimension_numbers` as a `ConvDimensionNumbers` of tuples.
+
+    `dtype` is that of the two operands that were given, `wide_dtype` that of what was computed from
+    them (`preferred_element_type`; sums are made in it), and `wide` which array that was: the
+    output, or the input or the kernel where a gradient is what was asked for.
 
     `mapped` are the axes over which `jax.vmap` has mapped the convolution, the outermost first:
     each with its size, and the factor that it multiplies. The arrays that have the factor have the
@@ -74,7 +77,7 @@ class ConvSpec:
     lhs_shape: tuple[int, ...]
     rhs_shape: tuple[int, ...]
     dtype: np.dtype
-    out_dtype: np.dtype
+    wide_dtype: np.dtype
     window_strides: tuple[int, ...]
     padding: tuple[tuple[int, int], ...]
     lhs_dilation: tuple[int, ...]
@@ -82,6 +85,7 @@ class ConvSpec:
     dimension_numbers: lax.ConvDimensionNumbers
     feature_group_count: int
     precision: Any
+    wide: Role = "out"
     mapped: tuple[tuple[Factor, int], ...] = ()
 
     # Where things are.
@@ -139,7 +143,11 @@ class ConvSpec:
         return (*(self.mapped[i][1] for i in self.mapped_axes(role)), *own)
 
     def role_dtype(self, role: Role) -> np.dtype:
-        return self.out_dtype if role == "out" else self.dtype
+        return self.wide_dtype if role == self.wide else self.dtype
+
+    def operand_dtype(self, contraction: Contraction) -> np.dtype:
+        """What both operands are converted to, without a loss."""
+        return self.wide_dtype if self.wide in OPERANDS[contraction] else self.dtype
 
     def spatial_shape(self, role: Role) -> tuple[int, ...]:
         shape = self.shape(role)
@@ -147,8 +155,8 @@ class ConvSpec:
 
     @property
     def accumulator(self) -> np.dtype:
-        """The dtype of sums: that of the result, or 32 bits for narrower floats."""
-        dtype = np.dtype(self.out_dtype)
+        """The dtype of sums: `wide_dtype`, or 32 bits for narrower floats."""
+        dtype = np.dtype(self.wide_dtype)
         narrow = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
         return np.dtype(np.float32) if narrow else dtype
 

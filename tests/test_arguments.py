@@ -175,7 +175,41 @@ WRONG = {
     "too many paddings": ({"padding": [(1, 1)] * 3}, ValueError, ["padding", "2", "got 3"]),
     "integers as paddings": ({"padding": (1, 1)}, ValueError, ["padding", "pairs", "1"]),
     "triples as paddings": ({"padding": [(1, 1, 1)] * 2}, ValueError, ["pairs", "(1, 1, 1)"]),
-    "strings as paddings": ({"padding": ["SAME", "SAME"]}, ValueError, ["pairs", "'SAME'"]),
+    "an unknown padding of one dimension": (
+        {"padding": ["SAME", "FULL"]},
+        ValueError,
+        ["'FULL'", "SAME, SAME_LOWER, VALID, CAUSAL, CIRCULAR, REFLECT, REPLICATE"],
+    ),
+    "a pair of its own for zeros": (
+        {"padding": [("SAME", (1, 1)), (1, 1)]},
+        ValueError,
+        ["('SAME', (1, 1))", "CIRCULAR, REFLECT, REPLICATE"],
+    ),
+    "one integer for a mode": (
+        {"padding": [("REFLECT", 1), (1, 1)]},
+        ValueError,
+        ["padding", "pairs", "1"],
+    ),
+    "a mode within a mode": (
+        {"padding": [("REFLECT", ("CIRCULAR", None)), (1, 1)]},
+        TypeError,
+        ["padding", "'CIRCULAR'"],
+    ),
+    "a mode of floats": (
+        {"padding": [("REFLECT", (1.0, 1)), (1, 1)]},
+        TypeError,
+        ["padding", "1.0"],
+    ),
+    "nothing to repeat": (
+        {"padding": ["CIRCULAR", "SAME"], "lhs": ones((4, 6, 0, 5))},
+        ValueError,
+        ["'CIRCULAR'", "dimension 2 of lhs has size 0"],
+    ),
+    "a string for a dilated dimension": (
+        {"padding": ["SAME", (1, 1)], "lhs_dilation": (2, 1)},
+        ValueError,
+        ["'SAME'", "lhs_dilation of 2", "pair"],
+    ),
     "a padding of floats": ({"padding": [(1.0, 1)] * 2}, TypeError, ["padding", "1.0"]),
     "a string with a dilated input": (
         {"lhs_dilation": (2, 1)},

@@ -33,7 +33,7 @@ def spec_of(
         lhs_shape=(1, 1, x),
         rhs_shape=(1, 1, kernel),
         dtype=np.dtype(np.float32),
-        out_dtype=np.dtype(np.float32),
+        wide_dtype=np.dtype(np.float32),
         window_strides=(strides,),
         padding=(padding,),
         lhs_dilation=(lhs_dilation,),

@@ -59,7 +59,7 @@ def fprop(lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
         spec=spec,
     )
     out = _each_group(convolve, x, w, (-1, -1), spec)
-    return spec.from_channels_last("out", out.astype(spec.out_dtype))
+    return spec.from_channels_last("out", out.astype(spec.role_dtype("out")))
 
 
 def dgrad(out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
@@ -76,7 +76,7 @@ def dgrad(out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
         spec=spec,
     )
     lhs = _each_group(convolve, y, w, (-1, -1), spec)
-    return spec.from_channels_last("lhs", lhs.astype(spec.dtype))
+    return spec.from_channels_last("lhs", lhs.astype(spec.role_dtype("lhs")))
 
 
 def wgrad(lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
@@ -100,7 +100,7 @@ def wgrad(lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
         )
 
     rhs = jnp.moveaxis(_each_group(convolve, x, y, (0, -1), spec), 0, -2)
-    return spec.from_channels_last("rhs", rhs.astype(spec.dtype))
+    return spec.from_channels_last("rhs", rhs.astype(spec.role_dtype("rhs")))
 
 
 def _each_group(
@@ -189,7 +189,7 @@ def _convolve(
     dilation: Sequence[int],
     spec: ConvSpec,
 ) -> jax.Array:
-    dtype = x.dtype if x.dtype == w.dtype else spec.out_dtype
+    dtype = x.dtype if x.dtype == w.dtype else spec.wide_dtype
     rank = len(strides)
     layout = (0, rank + 1, *range(1, rank + 1))
     kernel = (rank + 1, rank, *range(rank))
@@ -202,5 +202,5 @@ def _convolve(
         dilation,
         lax.ConvDimensionNumbers(layout, kernel, layout),
         precision=spec.precision,
-        preferred_element_type=spec.out_dtype,
+        preferred_element_type=spec.wide_dtype,
     )

@@ -32,10 +32,11 @@ def wgrad(lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
     """[(G C), N] · [(G O), N] -> [C, (G O)], by batch groups: block g of the first dimension meets
     block g of the outputs.
     """
+    dtype = spec.operand_dtype("wgrad")
     layouts = (xla.exchanged(spec.layout(role)) for role in ("lhs", "out", "rhs"))
     return xla.convolve(
-        lhs.astype(out.dtype),
-        out,
+        lhs.astype(dtype),
+        out.astype(dtype),
         spec.rhs_dilation,
         spec.wgrad_padding,
         spec.lhs_dilation,
@@ -43,5 +44,5 @@ def wgrad(lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
         lax.ConvDimensionNumbers(*layouts),
         batch_group_count=spec.feature_group_count,
         precision=spec.precision,
-        preferred_element_type=spec.out_dtype,
+        preferred_element_type=spec.wide_dtype,
     ).astype(spec.role_dtype("rhs"))

@@ -36,7 +36,7 @@ def supports(contraction: Contraction, spec: ConvSpec, platform: str) -> str | N
         return "it needs to know all sizes"
     if len(spec.window_strides) > 2:
         return "it has at most two spatial dimensions"
-    if {spec.dtype, spec.out_dtype} - set(DTYPES):
+    if {spec.dtype, spec.wide_dtype} - set(DTYPES):
         return f"it computes {', '.join(map(str, DTYPES))}"
     sizes = (*spec.shape("lhs"), *spec.shape("rhs"), *spec.shape("out"))
     steps = (*spec.window_strides, *spec.lhs_dilation, *spec.rhs_dilation)
@@ -96,7 +96,7 @@ def wgrad(lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
 def _call(
     contraction: Contraction, first: jax.Array, second: jax.Array, spec: ConvSpec
 ) -> jax.Array:
-    dtype = spec.dtype if spec.dtype == spec.out_dtype else spec.accumulator
+    dtype = spec.dtype if spec.dtype == spec.wide_dtype else spec.accumulator
     result = RESULT[contraction]
     operands = [
         _flat(role, spec.to_channels_last(role, x)).astype(dtype)

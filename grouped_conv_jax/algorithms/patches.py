@@ -132,7 +132,7 @@ def _kernel(x: jax.Array, y: jax.Array, where: Sequence[Dimension], spec: ConvSp
                 for read, tap in zip(reads, product.reshape(-1, inputs, outputs), strict=True):
                     taps[(*(r.tap for r in row), read.tap)] = tap
     rhs = jnp.stack([taps.get(tap, zeros) for tap in np.ndindex(*kernel)])
-    return rhs.reshape(*kernel, inputs, outputs).astype(spec.dtype)
+    return rhs.reshape(*kernel, inputs, outputs).astype(spec.role_dtype("rhs"))
 
 
 def _patches(
@@ -148,7 +148,7 @@ def _patches(
 
 def _product(a: jax.Array, b: jax.Array, contracting: tuple[int, int], spec: ConvSpec) -> jax.Array:
     # Gradients have the dtype of the result beside that of the operands, which is no wider.
-    dtype = a.dtype if a.dtype == b.dtype else spec.out_dtype
+    dtype = a.dtype if a.dtype == b.dtype else spec.wide_dtype
     return lax.dot_general(
         a.astype(dtype),
         b.astype(dtype),

@@ -101,7 +101,7 @@ def fprop(lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
     else:
         w = w.reshape(*w.shape[:-1], spec.feature_group_count, outputs)
         out = _correlate(x, w, where, spec.accumulator)
-    return spec.from_channels_last("out", out.astype(spec.out_dtype))
+    return spec.from_channels_last("out", out.astype(spec.role_dtype("out")))
 
 
 def dgrad(out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
@@ -115,7 +115,7 @@ def dgrad(out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
     else:
         w = w.reshape(*w.shape[:-1], spec.feature_group_count, outputs)
         lhs = _correlate(y, _swapped(w), where, spec.accumulator)
-    return spec.from_channels_last("lhs", lhs.astype(spec.dtype))
+    return spec.from_channels_last("lhs", lhs.astype(spec.role_dtype("lhs")))
 
 
 def wgrad(lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
@@ -144,7 +144,7 @@ def wgrad(lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
             rhs = rhs.at[tuple(taps)].set(sums.reshape(*counts, -1))
     rhs = jnp.swapaxes(rhs.reshape(*kernel, groups, inputs, outputs), -2, -3)
     rhs = rhs.reshape(*kernel, inputs, groups * outputs)
-    return spec.from_channels_last("rhs", rhs.astype(spec.dtype))
+    return spec.from_channels_last("rhs", rhs.astype(spec.role_dtype("rhs")))
 
 
 def _correlate(

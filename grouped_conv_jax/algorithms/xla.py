@@ -56,12 +56,12 @@ def dgrad(out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
     `out`, dilated by the strides, with the kernel turned round, its groups moved from the outputs
     to the inputs, and the two exchanged.
     """
-    one = spec.one_group()
+    one, dtype = spec.one_group(), spec.operand_dtype("dgrad")
     rhs = one.unfold("rhs", "G", rhs, spec.feature_group_count)
     rhs = one.fold("rhs", "C", rhs, spec.group_dimension("rhs"))
     return _convolve(
-        out,
-        lax.rev(rhs, spec.layout("rhs")[2:]).astype(out.dtype),
+        out.astype(dtype),
+        lax.rev(rhs, spec.layout("rhs")[2:]).astype(dtype),
         window_strides=spec.lhs_dilation,
         padding=spec.dgrad_padding,
         lhs_dilation=spec.window_strides,
@@ -79,12 +79,12 @@ def wgrad(lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
     gradient has batch groups here instead, [(G C), N]: XLA computes those as G times the work on
     a CPU, and multiplies the result by the size of unused mesh axes when it partitions them.
     """
-    one = spec.one_group()
+    one, dtype = spec.one_group(), spec.operand_dtype("wgrad")
     lhs = one.unfold("lhs", "G", lhs, spec.feature_group_count)
     lhs = one.fold("lhs", "N", lhs, spec.group_dimension("lhs"))
     return _convolve(
-        lhs.astype(out.dtype),
-        out,
+        lhs.astype(dtype),
+        out.astype(dtype),
         window_strides=spec.rhs_dilation,
         padding=spec.wgrad_padding,
         lhs_dilation=spec.lhs_dilation,
@@ -117,7 +117,7 @@ def _convolve(
         lax.ConvDimensionNumbers(*layouts),
         spec.feature_group_count,
         precision=spec.precision,
-        preferred_element_type=spec.out_dtype,
+        preferred_element_type=spec.wide_dtype,
     ).astype(spec.role_dtype(result))
 
 

@@ -1,0 +1,157 @@
+"""From the arguments of `grouped_conv` to its `ConvSpec`, and to what is done to the input before.
+
+The gradients as operations take the same arguments, of the convolution that they are gradients of.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from grouped_conv_jax import arguments
+from grouped_conv_jax.explicit import untyped
+from grouped_conv_jax.padding import Extension, Geometry, extension, pads
+from grouped_conv_jax.spec import ConvSpec
+
+LAX_PADDINGS = ("SAME", "SAME_LOWER", "VALID")
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """One convolution as it was asked for.
+
+    Attributes:
+      spec: of the convolution proper, with feature groups only and padded with zeros only.
+      rearrange: what makes the batch groups of lhs feature groups; None if there are none.
+      extension: what is put beyond the ends of it that is not zeros.
+    """
+
+    spec: ConvSpec
+    rearrange: Callable[[jax.Array], jax.Array] | None
+    extension: Extension
+
+    @property
+    def changes_lhs(self) -> bool:
+        return self.rearrange is not None or bool(self.extension.sides)
+
+    def prepared(self, lhs: Any) -> Any:
+        """The lhs of `spec`; linear in the one that was given."""
+        if self.rearrange is not None:
+            lhs = untyped(self.rearrange, jax.typeof(lhs).sharding)(lhs)
+        return self.extension(lhs)
+
+
+def forward(
+    lhs: Any,
+    rhs: Any,
+    window_strides: Any,
+    padding: Any,
+    lhs_dilation: Any = None,
+    rhs_dilation: Any = None,
+    dimension_numbers: Any = None,
+    feature_group_count: Any = 1,
+    batch_group_count: Any = 1,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+) -> Forward:
+    """Arguments as in `grouped_conv`; of `lhs` and `rhs` the types will do.
+
+    Raises:
+      ValueError, TypeError: an argument is wrong; the message says which and how to mend it.
+    """
+    batch_groups = arguments.group_count("batch_group_count", batch_group_count)
+    groups = arguments.group_count("feature_group_count", feature_group_count)
+    lhs, rhs = arguments.array_type("lhs", lhs), arguments.array_type("rhs", rhs)
+    rearrange = None
+    if batch_groups > 1:
+        lhs, rearrange = _feature_groups(lhs, rhs, dimension_numbers, groups, batch_groups)
+        groups = batch_groups
+    arguments.check_same_dtype(lhs=lhs, rhs=rhs)
+    numbers = arguments.layout(lhs.shape, rhs.shape, dimension_numbers)
+    rank = lhs.ndim - 2
+    strides = arguments.integers("window_strides", window_strides, rank)
+    lhs_dilation = arguments.integers("lhs_dilation", lhs_dilation, rank, default=1)
+    rhs_dilation = arguments.integers("rhs_dilation", rhs_dilation, rank, default=1)
+    arguments.check_groups(lhs.shape, rhs.shape, numbers, groups)
+    if isinstance(padding, str) and any(d != 1 for d in lhs_dilation):
+        raise ValueError(
+            f"padding={padding!r} has no meaning with lhs_dilation={lhs_dilation}; "
+            "give one (low, high) pair for each spatial dimension"
+        )
+    sizes = [lhs.shape[d] for d in numbers.lhs_spec[2:]]
+    windows = [
+        1 + dilation * (rhs.shape[d] - 1)
+        for d, dilation in zip(numbers.rhs_spec[2:], rhs_dilation, strict=True)
+    ]
+    extended, pairs = extension(
+        pads(padding, list(map(Geometry, sizes, windows, strides, lhs_dilation))),
+        sizes,
+        lhs_dilation,
+        numbers.lhs_spec[2:],
+    )
+    lhs_shape = extended.shape(lhs.shape)
+    precision = arguments.precision(precision)
+    # lax takes a string where it would refuse the pairs of symbolic sizes that it stands for.
+    is_of_lax = isinstance(padding, str) and padding.upper() in LAX_PADDINGS
+    result = arguments.result_in_lax(
+        lhs_shape,
+        rhs.shape,
+        lhs.dtype,
+        window_strides=strides,
+        padding=padding if is_of_lax else pairs,
+        lhs_dilation=lhs_dilation,
+        rhs_dilation=rhs_dilation,
+        dimension_numbers=numbers,
+        feature_group_count=groups,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+    )
+    spec = ConvSpec(
+        lhs_shape=lhs_shape,
+        rhs_shape=rhs.shape,
+        dtype=lhs.dtype,
+        wide_dtype=result.dtype,
+        window_strides=strides,
+        padding=pairs,
+        lhs_dilation=lhs_dilation,
+        rhs_dilation=rhs_dilation,
+        dimension_numbers=numbers,
+        feature_group_count=groups,
+        precision=precision,
+    )
+    return Forward(spec, rearrange, extended)
+
+
+def _feature_groups(
+    lhs: Any, rhs: Any, dimension_numbers: Any, feature_groups: int, batch_groups: int
+) -> tuple[Any, Callable[[jax.Array], jax.Array]]:
+    """Batch groups as feature groups: the type of lhs, and what makes [N, (G C)] of [(G N), C]."""
+    if feature_groups > 1:
+        raise ValueError(
+            f"only one of feature_group_count={feature_groups} and "
+            f"batch_group_count={batch_groups} may be more than 1"
+        )
+    numbers = arguments.layout(lhs.shape, rhs.shape, dimension_numbers)
+    (batch, features), (outputs, depth) = numbers.lhs_spec[:2], numbers.rhs_spec[:2]
+    if rhs.shape[depth] != lhs.shape[features]:
+        raise ValueError(
+            f"rhs takes {rhs.shape[depth]} input features, but lhs has {lhs.shape[features]} "
+            "features, which batch groups do not divide"
+        )
+    for size, what in (
+        (lhs.shape[batch], "the batch of lhs"),
+        (rhs.shape[outputs], "the output features of rhs"),
+    ):
+        arguments.check_divides("batch_group_count", batch_groups, what, size)
+    split = list(lhs.shape)
+    split[batch : batch + 1] = batch_groups, split[batch] // batch_groups
+    merged = list(lhs.shape)
+    merged[batch] //= batch_groups
+    merged[features] *= batch_groups
+
+    def rearrange(lhs: jax.Array) -> jax.Array:
+        return jnp.moveaxis(jnp.reshape(lhs, split), batch, features).reshape(merged)
+
+    return lhs.update(shape=tuple(merged)), rearrange
