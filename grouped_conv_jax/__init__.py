@@ -1,18 +1,29 @@
 """Grouped convolution for JAX: right under every transformation, in place of lax's own.
 
-`grouped_conv` is the operation; `nnx`, `linen` and `models` (imported when first used, since
-they need Flax) are the layers and networks on top of it.
+`grouped_conv` is the operation, and what begins with its name are its relatives; `nnx`, `linen` and
+`models` (imported when first used, since they need Flax) are the layers and networks on top of it.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from grouped_conv_jax import weights
 from grouped_conv_jax.algorithms import implementations
 from grouped_conv_jax.conv import grouped_conv
-from grouped_conv_jax.counting import count_multiply_adds
+from grouped_conv_jax.counting import (
+    count_bytes,
+    count_flops,
+    count_multiply_adds,
+    count_parameters,
+)
 from grouped_conv_jax.explanation import Explanation, explain
 from grouped_conv_jax.gradients import grouped_conv_input_grad, grouped_conv_kernel_grad
+from grouped_conv_jax.local import grouped_conv_local
 from grouped_conv_jax.measuring import tune
+from grouped_conv_jax.mixed import grouped_conv_mixed
+from grouped_conv_jax.patches import grouped_conv_patches
+from grouped_conv_jax.shuffle import channel_shuffle
+from grouped_conv_jax.streaming import streaming_conv
 from grouped_conv_jax.transpose import grouped_conv_transpose
 from grouped_conv_jax.tuning import Tuning
 from grouped_conv_jax.version import __version__
@@ -24,18 +35,27 @@ __all__ = [
     "Explanation",
     "Tuning",
     "__version__",
+    "channel_shuffle",
+    "count_bytes",
+    "count_flops",
     "count_multiply_adds",
+    "count_parameters",
     "explain",
     "grouped_conv",
     "grouped_conv_input_grad",
     "grouped_conv_kernel_grad",
+    "grouped_conv_local",
+    "grouped_conv_mixed",
+    "grouped_conv_patches",
     "grouped_conv_transpose",
     "implementations",
     "linen",
     "models",
     "nnx",
+    "streaming_conv",
     "towers",
     "tune",
+    "weights",
 ]
 
 

@@ -40,7 +40,8 @@ def grouped_conv(
         out[n, p, g, o] = \sum_{k, c} lhs[n, p \cdot stride + k \cdot dilation, g, c]
             \; rhs[k, c, g, o]
 
-    Arguments, their order and their defaults are those of `jax.lax.conv_general_dilated`.
+    Arguments, their order and their defaults are those of `jax.lax.conv_general_dilated`, with
+    more paddings.
 
     Args:
       lhs: the input, rank n + 2: batch N, features G * C, and n >= 0 spatial dimensions.
@@ -48,7 +49,11 @@ def grouped_conv(
         and n spatial dimensions. Output feature g * O + o belongs to group g.
       window_strides: n integers, at least 1.
       padding: "SAME", "SAME_LOWER", "VALID", or n pairs (low, high) of integers, which may be
-        negative (a crop). The strings do not go with `lhs_dilation`.
+        negative (a crop). "CAUSAL" has a past of zeros in every dimension. With "CIRCULAR",
+        "REFLECT" and "REPLICATE" it is not zeros that are beyond the ends, but the input from its
+        other end, mirrored without its edge, or its edge; as many positions as keep the size at
+        stride 1. Each dimension may have its own: a pair, a string, or one of those three with a
+        pair, as ("REFLECT", (1, 2)). The strings do not go with `lhs_dilation`, pairs do.
       lhs_dilation: n integers, at least 1: `lhs` is spread out with zeros between (default 1).
       rhs_dilation: n integers, at least 1: the kernel likewise (default 1).
       dimension_numbers: three strings such as ("NHWC", "HWIO", "NHWC"), a

@@ -2,9 +2,10 @@
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
@@ -45,13 +46,43 @@ class Case:
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         return self.lhs, self.rhs, self.out
 
+    def contractions(self, x: np.ndarray, w: np.ndarray, y: np.ndarray) -> Sequence[np.ndarray]:
+        """The output, and both gradients for the output's cotangent y, by the oracle."""
+        return oracle.contractions(x, w, y, **self.arguments)
+
+    @property
+    def lengths(self) -> list[float]:
+        """Of the longest sum of each contraction."""
+        return oracle.lengths(*self.shapes, **self.arguments)
+
     def conv(self, implementation: str | None = None, **more: Any) -> Callable[..., Any]:
         return lambda lhs, rhs: grouped_conv(
             lhs, rhs, **{**self.arguments, **more}, implementation=implementation
         )
 
     def lax_conv(self, **more: Any) -> Callable[..., Any]:
-        return lambda lhs, rhs: lax.conv_general_dilated(lhs, rhs, **{**self.arguments, **more})
+        """lax's own, of an input that is padded before if it is not with zeros."""
+        arguments = {**self.arguments, **more}
+        if not self.is_beyond_lax:
+            return lambda lhs, rhs: lax.conv_general_dilated(lhs, rhs, **arguments)
+        sources = oracle.sources(self.lhs, self.rhs, **self.arguments)
+        spatial = oracle.layouts(len(self.lhs) - 2, **self.arguments)["lhs"][2:]
+        arguments |= {"padding": "VALID", "lhs_dilation": None}
+
+        def conv(lhs, rhs):
+            for dimension, source in zip(spatial, sources, strict=True):
+                lhs = jnp.take(lhs, np.maximum(source, 0), dimension)
+                is_there = (source >= 0).astype(lhs.dtype)
+                lhs *= is_there.reshape(-1, *[1] * (lhs.ndim - 1 - dimension))[(None,) * dimension]
+            return lax.conv_general_dilated(lhs, rhs, **arguments)
+
+        return conv
+
+    @property
+    def is_beyond_lax(self) -> bool:
+        """Whether lax does not know the padding."""
+        text = str(self.arguments["padding"]).upper()
+        return any(n in text for n in ("CIRCULAR", "REFLECT", "REPLICATE", "CAUSAL"))
 
 
 def random(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -277,6 +308,72 @@ CASES = [
         (1, 4, 3, 2),
         (4, 2, 2, 3),
         {"window_strides": (1, 2), "padding": [(4, 3), (0, 6)], "feature_group_count": 2},
+    ),
+    Case(
+        "circular",
+        (2, 7, 6, 4),
+        (3, 2, 2, 6),
+        {
+            "window_strides": (2, 1),
+            "padding": "CIRCULAR",
+            "dimension_numbers": NHWC,
+            "feature_group_count": 2,
+        },
+        representative=True,
+    ),
+    Case(
+        "reflected further than there is",
+        (1, 2, 3, 1),
+        (4, 1, 3, 3),
+        {
+            "window_strides": (1, 2),
+            "padding": [("REFLECT", (5, 4)), "reflect"],
+            "feature_group_count": 2,
+        },
+    ),
+    Case(
+        "replicated, kernel dilated",
+        (2, 4, 6, 5),
+        (2, 2, 2, 4),
+        {
+            "window_strides": (1, 1),
+            "padding": "REPLICATE",
+            "rhs_dilation": (3, 1),
+            "feature_group_count": 2,
+        },
+    ),
+    Case(
+        "causal",
+        (2, 7, 4),
+        (3, 1, 8),
+        {
+            "window_strides": (1,),
+            "padding": "CAUSAL",
+            "rhs_dilation": (2,),
+            "dimension_numbers": ("NWC", "WIO", "NWC"),
+            "feature_group_count": 4,
+        },
+    ),
+    Case(
+        "a padding for each dimension, input dilated, cropped",
+        (2, 2, 4, 3, 5),
+        (4, 1, 2, 2, 3),
+        {
+            "window_strides": (1, 1, 2),
+            "padding": [("CIRCULAR", (3, -1)), ("REPLICATE", (2, 3)), "SAME"],
+            "lhs_dilation": (2, 3, 1),
+            "feature_group_count": 2,
+        },
+    ),
+    Case(
+        "two batch groups, circular and causal",
+        (4, 3, 6, 5),
+        (6, 3, 3, 2),
+        {
+            "window_strides": (2, 1),
+            "padding": ["CIRCULAR", ("CAUSAL", None)],
+            "batch_group_count": 2,
+        },
     ),
     # XLA:CPU before jax 0.12 reads past the end of an array that is cropped on the low side and
     # padded on the high side, as the first of these is, and the input gradient of the second.

@@ -64,6 +64,13 @@ def out_shape(lhs: Sequence[int], rhs: Sequence[int], **arguments: Any) -> tuple
     return tuple(form.canonical_out[i] for i in np.argsort(form.layouts["out"]))
 
 
+def sources(lhs: Sequence[int], rhs: Sequence[int], **arguments: Any) -> list[np.ndarray]:
+    """For each spatial dimension of an input, as dilated and padded: where each position comes
+    from, -1 for a zero.
+    """
+    return [source for _, source in _Form(lhs, rhs, **arguments)._sources()]
+
+
 def layouts(rank: int, dimension_numbers: Any = None, **_: Any) -> dict[str, tuple[int, ...]]:
     """Where in lhs, rhs and out the dimensions (batch or outputs, features, *spatial) are."""
     if dimension_numbers is None:
@@ -149,11 +156,11 @@ class _Form:
         self.canonical_rhs = tuple(rhs_shape[i] for i in self.layouts["rhs"])
         outputs, _, *self.taps = self.canonical_rhs
         windows = [d * (k - 1) + 1 for k, d in zip(self.taps, self.rhs_dilation, strict=True)]
-        self.padding = _padding_pairs(padding, self.sizes, windows, window_strides)
+        self.padding = _padding(padding, self.sizes, windows, window_strides)
 
         filled = [
             max(0, (size - 1) * d + 1 if size else 0) + low + high
-            for size, d, (low, high) in zip(
+            for size, d, (low, high, _) in zip(
                 self.sizes, self.lhs_dilation, self.padding, strict=True
             )
         ]
@@ -181,21 +188,24 @@ class _Form:
         return x
 
     def unfilled_input(self, x: np.ndarray) -> np.ndarray:
-        """The transpose of `filled_input`: what fell on padding is dropped, on a crop is zero."""
+        """The transpose of `filled_input`: what fell on zeros is dropped, on a crop is zero, and
+        what fell on repetitions is added up.
+        """
         for axis, source in self._sources():
-            inside = source >= 0
             size = self.sizes[axis - 2]
             taken = np.zeros((*x.shape[:axis], size, *x.shape[axis + 1 :]), x.dtype)
-            taken[_along(axis, source[inside])] = x[_along(axis, inside)]
+            for position in np.flatnonzero(source >= 0):
+                taken[_along(axis, source[position])] += x[_along(axis, position)]
             x = taken
         return x
 
     def _sources(self) -> Iterator[tuple[int, np.ndarray]]:
         """For each spatial axis: where each filled position comes from, -1 for a zero."""
-        for i, (size, dilation, (low, _)) in enumerate(
+        for i, (size, dilation, (low, _, mode)) in enumerate(
             zip(self.sizes, self.lhs_dilation, self.padding, strict=True)
         ):
             at, between = np.divmod(np.arange(self.filled_shape[i + 2]) - low, dilation)
+            at = _BEYOND[mode](at, size)
             yield i + 2, np.where((between == 0) & (at >= 0) & (at < size), at, -1)
 
     def terms(self) -> Iterator[tuple[tuple, tuple, tuple]]:
@@ -232,18 +242,42 @@ def _along(axis: int, index: np.ndarray) -> tuple:
     return (*(slice(None),) * axis, index)
 
 
-def _padding_pairs(
+def _reflected(at: np.ndarray, size: int) -> np.ndarray:
+    """0 1 2 1 0 1 2 ..., forwards and back without the ends twice."""
+    period = max(1, 2 * (size - 1))
+    at = at % period
+    return np.minimum(at, period - at) if size > 1 else 0 * at
+
+
+_BEYOND: dict[str | None, Callable[[np.ndarray, int], np.ndarray]] = {
+    None: lambda at, size: at,
+    "CIRCULAR": lambda at, size: at % size,
+    "REFLECT": _reflected,
+    "REPLICATE": lambda at, size: np.clip(at, 0, size - 1),
+}
+"""Which element stands at a position, beyond the ends too, by mode: out of range for a zero."""
+
+
+def _padding(
     padding: Any, sizes: Sequence[int], windows: Sequence[int], strides: Sequence[int]
-) -> Sequence[tuple[int, int]]:
-    if not isinstance(padding, str):
-        return padding
-    halves: dict[str, Callable[[int], tuple[int, int]]] = {
-        "VALID": lambda total: (0, 0),
-        "SAME": lambda total: (total // 2, total - total // 2),
-        "SAME_LOWER": lambda total: (total - total // 2, total // 2),
-    }
-    totals = (
-        max(0, (math.ceil(size / stride) - 1) * stride + window - size)
-        for size, window, stride in zip(sizes, windows, strides, strict=True)
-    )
-    return [halves[padding.upper()](total) for total in totals]
+) -> list[tuple[int, int, str | None]]:
+    """(low, high, mode) of each spatial dimension."""
+    entries = [padding] * len(sizes) if isinstance(padding, str) else list(padding)
+    found = []
+    for entry, size, window, stride in zip(entries, sizes, windows, strides, strict=True):
+        if not isinstance(entry, str) and not isinstance(entry[0], str):
+            found.append((*entry, None))
+            continue
+        name, amounts = (entry, None) if isinstance(entry, str) else entry
+        name = name.upper()
+        total = max(0, (math.ceil(size / stride) - 1) * stride + window - size)
+        own = {
+            "VALID": (0, 0),
+            "SAME": (total // 2, total - total // 2),
+            "SAME_LOWER": (total - total // 2, total // 2),
+            "CAUSAL": (window - 1, 0),
+        }
+        around = ((window - 1) // 2, window - 1 - (window - 1) // 2)
+        mode = name if name in _BEYOND else None
+        found.append((*(amounts or own.get(name, around)), mode))
+    return found

@@ -18,6 +18,7 @@ from jax import lax
 
 from benchmarks import pytorch
 from grouped_conv_jax import count_multiply_adds, grouped_conv
+from grouped_conv_jax.counting import count_bytes, count_flops, count_parameters
 from grouped_conv_jax.layers import Convolution
 from grouped_conv_jax.models import ConvNeXt, MobileNet, ResNeXt
 
@@ -62,6 +63,44 @@ def test_published_parameters_and_multiply_adds(net, parameters, multiply_adds, 
     counted = count_multiply_adds(forward, params, rest, image)
     assert counted == multiply_adds
     assert f"{counted:.2e}" == published
+
+
+@pytest.mark.parametrize(
+    ("net", "more", "pixels", "millions", "mega_multiply_adds"),
+    [
+        # Tables 6 and 7 of the paper of MobileNet.
+        (MobileNet, dict(width_multiplier=0.25), 224, 0.5, 41),
+        *(
+            pytest.param(*values, marks=pytest.mark.slow)
+            for values in [
+                (MobileNet, dict(width_multiplier=0.5), 224, 1.3, 149),
+                (MobileNet, dict(width_multiplier=0.75), 224, 2.6, 325),
+                (MobileNet, {}, 192, 4.2, 418),
+                (MobileNet, {}, 128, 4.2, 186),
+                # ConvNeXt-S and -B, and ResNeXt-101 32x4d.
+                (ConvNeXt, dict(stage_sizes=(3, 3, 27, 3)), 224, 50, 8_700),
+                (
+                    ConvNeXt,
+                    dict(stage_sizes=(3, 3, 27, 3), features=(128, 256, 512, 1024)),
+                    224,
+                    89,
+                    15_400,
+                ),
+                (ResNeXt, dict(stage_sizes=(3, 4, 23, 3)), 224, 44, 8_000),
+            ]
+        ),
+    ],
+)
+def test_published_figures_of_other_sizes(net, more, pixels, millions, mega_multiply_adds):
+    model = nnx.eval_shape(lambda: net(**more, rngs=nnx.Rngs(0)))
+    image = jax.ShapeDtypeStruct((1, pixels, pixels, 3), jnp.float32)
+    digits = 1 if millions < 10 else 0
+    assert round(count_parameters(model) / 1e6, digits) == millions
+    multiply_adds = count_multiply_adds(model, image)
+    assert round(multiply_adds / 1e6, -2 if net is not MobileNet else 0) == mega_multiply_adds
+    assert count_flops(model, image) == 2 * multiply_adds
+    # Each parameter of a contraction is read, and so are the pixels.
+    assert count_bytes(model, image) > 4 * (0.9 * count_parameters(model) + 3 * pixels**2)
 
 
 def test_feature_maps_of_the_papers():

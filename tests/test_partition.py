@@ -1,5 +1,6 @@
 """Plain jit on meshes: what is computed where, what is sent, and that the values are right."""
 
+import dataclasses
 import functools
 import itertools
 import re
@@ -98,7 +99,13 @@ def divided(case: Case) -> Case:
     lhs[layouts["lhs"][1]] *= 8
     rhs[layouts["rhs"][0]] *= 8
     arguments = {**case.arguments, "feature_group_count": case.groups * 8}
-    return Case(f"{case.name}, divided", tuple(lhs), tuple(rhs), arguments)
+    return dataclasses.replace(
+        case,
+        name=f"{case.name}, divided",
+        lhs=tuple(lhs),
+        rhs=tuple(rhs),
+        arguments=arguments,
+    )
 
 
 DIVIDED = [
@@ -501,7 +508,7 @@ def test_transformed_on_a_mesh_is_as_on_one_device(transform, implementation):
     x, w, _ = placed(case)
     program = jax.jit(transform(case.conv(implementation)))
     expected = jax.jit(transform(case.lax_conv()))(*case.random()[:2])
-    length = max(oracle.lengths(*case.shapes, **case.arguments)) ** 2
+    length = max(case.lengths) ** 2
     for actual, e in zip(program(x, w), expected, strict=True):
         oracle.assert_close(actual, np.asarray(e), length)
 
@@ -533,7 +540,7 @@ def test_a_mapped_axis_can_be_sharded_and_the_batch_beside_it(axis):
 def test_jit_of_several_devices_from_outside_jit_and_from_shardings_without_a_mesh():
     case = dense("eager", (8, 5, 6, 8), (3, 2, 2, 12), groups=4)
     x, w, _ = placed(case)
-    length = oracle.lengths(*case.shapes, **case.arguments)[0]
+    length = case.lengths[0]
     expected = oracle.forward(*case.random()[:2], **case.arguments)
     oracle.assert_close(case.conv()(x, w), expected, length)
     stacked = jax.pmap(lambda x: x)(case.random()[0])
@@ -618,7 +625,7 @@ def test_16_bit_types(dtype):
     shardings = [NamedSharding(MESH, s) for s in (rows, P(), rows)]
     placed = jax.device_put(tuple(operands), tuple(shardings))
     actual = value_and_gradients(case.conv())(*placed)
-    expected = oracle.contractions(*operands, **case.arguments)
+    expected = case.contractions(*operands)
     for a, e in zip(actual, expected, strict=True):
         assert a.dtype == dtype
         eps = float(jnp.finfo(dtype).eps)
@@ -671,7 +678,7 @@ def test_laxs_own_kernel_gradient_is_multiplied(sizes):
     batched = NamedSharding(mesh, P("data"))
     placed = jax.device_put((x, w, y), (batched, NamedSharding(mesh, P()), batched))
     expected = oracle.kernel_gradient(x, y, w.shape, **case.arguments)
-    length = oracle.lengths(*case.shapes, **case.arguments)[2]
+    length = case.lengths[2]
     _, _, theirs = value_and_gradients(case.lax_conv())(*placed)
     _, _, ours = value_and_gradients(case.conv())(*placed)
     oracle.assert_close(ours, expected, length)
@@ -691,7 +698,7 @@ def test_laxs_own_forward_convolution_is_wrong_for_some_shardings():
         jax.jit(conv, out_shardings=rows)(*placed) for conv in (case.conv(), case.lax_conv())
     )
     expected = oracle.forward(x, w, **case.arguments)
-    oracle.assert_close(ours, expected, oracle.lengths(*case.shapes, **case.arguments)[0])
+    oracle.assert_close(ours, expected, case.lengths[0])
     assert np.abs(theirs - expected).max() > 1
 
 

@@ -34,8 +34,8 @@ def value_and_gradients(conv):
 
 
 def assert_matches_the_oracle(actual, case: Case, operands, accumulator=None) -> None:
-    expected = oracle.contractions(*operands, **case.arguments)
-    lengths = oracle.lengths(*case.shapes, **case.arguments)
+    expected = case.contractions(*operands)
+    lengths = case.lengths
     names = ("value", "gradient of lhs", "gradient of rhs")
     for name, a, e, length in zip(names, actual, expected, lengths, strict=True):
         oracle.assert_close(a, e, length, accumulator=accumulator, name=name)

@@ -39,9 +39,7 @@ def stacked(case: Case, size: int) -> list[np.ndarray]:
 def looped(case: Case, stacks, mapped, size: int) -> list[np.ndarray]:
     """What vmap over axis 0 of the `mapped` stacks should be; of the others the first is meant."""
     results = [
-        oracle.contractions(
-            *(a[i if m else 0] for a, m in zip(stacks, mapped, strict=True)), **case.arguments
-        )
+        case.contractions(*(a[i if m else 0] for a, m in zip(stacks, mapped, strict=True)))
         for i in range(size)
     ]
     return [np.stack(arrays) for arrays in zip(*results, strict=True)]
@@ -69,7 +67,7 @@ def check_subsets(conv, case: Case, plans, size: int = 3) -> None:
             jax.vmap(compute, *plan)(*arrays) for plan, arrays in zip(plans, operands, strict=True)
         ]
 
-    lengths = oracle.lengths(*case.shapes, **case.arguments)
+    lengths = case.lengths
     for (in_axes, out_axes), actual in zip(plans, compute(operands), strict=True):
         expected = looped(case, stacks, [axis is not None for axis in in_axes], size)
         for a, e, axis, length in zip(actual, expected, out_axes, lengths, strict=True):
@@ -122,7 +120,7 @@ def test_nested_vmap_is_a_nested_loop(case, implementation):
             *(looped(case, (x, wi[None], y), (True, False, True), 2) for wi in w), strict=True
         )
     ]
-    lengths = oracle.lengths(*case.shapes, **case.arguments)
+    lengths = case.lengths
     for a, e, length in zip(actual, expected, lengths, strict=True):
         oracle.assert_close(a, e, length)
 
@@ -159,7 +157,7 @@ def test_gradients_through_vmap_and_within(case, implementation):
         )
     )
     # The cosine passes on the error of the value.
-    length = math.prod(sorted(oracle.lengths(*case.shapes, **case.arguments))[1:])
+    length = math.prod(sorted(case.lengths)[1:])
     oracle.assert_close(per_example[0], dx, length, name="per example, lhs")
     oracle.assert_close(per_example[1], dw, length, name="per example, rhs")
     oracle.assert_close(of_all[0], dx, length, name="of all, lhs")
@@ -185,7 +183,7 @@ def test_second_derivatives_of_a_vmap_are_those_of_lax(implementation):
 
         return jax.jit(jax.grad(norm, (0, 1)))(x, w)
 
-    length = max(oracle.lengths(*case.shapes, **case.arguments)) ** 3
+    length = max(case.lengths) ** 3
     for a, e in zip(second(case.conv(implementation)), second(case.lax_conv()), strict=True):
         oracle.assert_close(a, np.asarray(e), length)
 
@@ -289,5 +287,5 @@ def test_a_named_axis_of_vmap_reduces_gradients():
     actual = jax.vmap(mean_gradient, (0, None), axis_name="examples")(x, w[0])
     ones = np.ones(case.out)
     each = [oracle.kernel_gradient(xi, ones, case.rhs, **case.arguments) for xi in x]
-    length = 3 * oracle.lengths(*case.shapes, **case.arguments)[2]
+    length = 3 * case.lengths[2]
     oracle.assert_close(actual, np.stack([np.mean(each, 0)] * 3), length)

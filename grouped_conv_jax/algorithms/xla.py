@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from grouped_conv_jax import costs
-from grouped_conv_jax.spec import Contraction, ConvSpec, Role
+from grouped_conv_jax.spec import RESULT, Contraction, ConvSpec
 
 
 def supports(contraction: Contraction, spec: ConvSpec, platform: str) -> str | None:
@@ -45,7 +45,7 @@ def fprop(lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
         lhs_dilation=spec.lhs_dilation,
         rhs_dilation=spec.rhs_dilation,
         layouts=(spec.layout("lhs"), spec.layout("rhs"), spec.layout("out")),
-        result="out",
+        contraction="fprop",
         spec=spec,
     )
 
@@ -56,18 +56,18 @@ def dgrad(out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
     `out`, dilated by the strides, with the kernel turned round, its groups moved from the outputs
     to the inputs, and the two exchanged.
     """
-    one, dtype = spec.one_group(), spec.operand_dtype("dgrad")
+    one = spec.one_group()
     rhs = one.unfold("rhs", "G", rhs, spec.feature_group_count)
     rhs = one.fold("rhs", "C", rhs, spec.group_dimension("rhs"))
     return _convolve(
-        out.astype(dtype),
-        lax.rev(rhs, spec.layout("rhs")[2:]).astype(dtype),
+        out,
+        lax.rev(rhs, spec.layout("rhs")[2:]),
         window_strides=spec.lhs_dilation,
         padding=spec.dgrad_padding,
         lhs_dilation=spec.window_strides,
         rhs_dilation=spec.rhs_dilation,
         layouts=(spec.layout("out"), exchanged(spec.layout("rhs")), spec.layout("lhs")),
-        result="lhs",
+        contraction="dgrad",
         spec=spec,
     )
 
@@ -79,18 +79,18 @@ def wgrad(lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
     gradient has batch groups here instead, [(G C), N]: XLA computes those as G times the work on
     a CPU, and multiplies the result by the size of unused mesh axes when it partitions them.
     """
-    one, dtype = spec.one_group(), spec.operand_dtype("wgrad")
+    one = spec.one_group()
     lhs = one.unfold("lhs", "G", lhs, spec.feature_group_count)
     lhs = one.fold("lhs", "N", lhs, spec.group_dimension("lhs"))
     return _convolve(
-        lhs.astype(dtype),
-        out.astype(dtype),
+        lhs,
+        out,
         window_strides=spec.rhs_dilation,
         padding=spec.wgrad_padding,
         lhs_dilation=spec.lhs_dilation,
         rhs_dilation=spec.window_strides,
         layouts=tuple(exchanged(spec.layout(role)) for role in ("lhs", "out", "rhs")),
-        result="rhs",
+        contraction="wgrad",
         spec=spec,
     )
 
@@ -104,12 +104,13 @@ def _convolve(
     lhs_dilation: Sequence[int],
     rhs_dilation: Sequence[int],
     layouts: tuple[Sequence[int], ...],
-    result: Role,
+    contraction: Contraction,
     spec: ConvSpec,
 ) -> jax.Array:
+    dtype = spec.operand_dtype(contraction)
     return convolve(
-        lhs,
-        rhs,
+        lhs.astype(dtype),
+        rhs.astype(dtype),
         window_strides,
         padding,
         lhs_dilation,
@@ -118,7 +119,7 @@ def _convolve(
         spec.feature_group_count,
         precision=spec.precision,
         preferred_element_type=spec.wide_dtype,
-    ).astype(spec.role_dtype(result))
+    ).astype(spec.role_dtype(RESULT[contraction]))
 
 
 def convolve(

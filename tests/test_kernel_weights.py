@@ -1,0 +1,461 @@
+"""Kernels in other layouts and groupings: a layer computes with them what it did, exactly."""
+
+import importlib
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import random
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from grouped_conv_jax.kernel_layouts import NAMED
+from grouped_conv_jax.transpose import grouped_conv_transpose
+from grouped_conv_jax.weights import (
+    convert_kernel,
+    densify,
+    merge_groups,
+    regroup,
+    split_groups,
+)
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+# Written out for two spatial dimensions, as the libraries document them.
+TRANSPOSED = "transposed "
+LAYOUTS = {
+    "OIHW": "OIHW",
+    "HWIO": "HWIO",
+    "IWHO": "IWHO",
+    "GOIHW": "GOIHW",
+    "HGWIO": "HGWIO",
+    "OHIGW": "OHIGW",
+    "transposed OIHW": "transposed OIHW",
+    "transposed WHIO": "transposed WHIO",
+    "transposed GOIHW": "transposed GOIHW",
+    "transposed IHOWG": "transposed IHOWG",
+    "...IO": "HWIO",
+    "O...I": "OHWI",
+    "transposed G...OI": "transposed GHWOI",
+    "torch": "OIHW",
+    "torch_transposed": "transposed OIHW",
+    "onnx": "OIHW",
+    "onnx_transposed": "transposed OIHW",
+    "caffe": "OIHW",
+    "caffe_transposed": "transposed OIHW",
+    "flax": "HWIO",
+    "keras": "HWIO",
+    "keras_transposed": "transposed HWIO",
+}
+DEPTHWISE = {"keras_depthwise": "HWGO", "GHWO": "GHWO", "transposed GIHW": "transposed GIHW"}
+STRIDES = (2, 3)
+
+
+def kernel_of(letters: str, groups: int, inputs: int, outputs: int, dtype: Any = np.int64):
+    """A random kernel of a layer with so many groups, and inputs and outputs of each."""
+    axes = letters.removeprefix(TRANSPOSED)
+    if axes != letters:
+        inputs, outputs = outputs, inputs
+    sizes = {"G": groups, "I": inputs, "D": 2, "H": 3, "W": 2}
+    sizes["O"] = outputs if "G" in axes else groups * outputs
+    return random(letters, tuple(sizes[letter] for letter in axes), dtype)
+
+
+def layer(x: np.ndarray, kernel: np.ndarray, letters: str, groups: int) -> np.ndarray:
+    """A convolution (NCHW) of the input spread out, by the definitions: as `letters` read it."""
+    axes = letters.removeprefix(TRANSPOSED)
+    transposed = letters[: -len(axes)]
+    if "G" in axes:
+        missing = "".join(letter for letter in "OI" if letter not in axes)
+        kernels = np.moveaxis(kernel, axes.index("G"), 0)
+        kernels = kernels.reshape(groups, *[1] * len(missing), *kernels.shape[1:])
+        rest = transposed + missing + axes.replace("G", "")
+        parts = zip(np.split(x, groups, 1), kernels, strict=True)
+        return np.concatenate([layer(part, k, rest, 1) for part, k in parts], 1)
+    sizes = dict(zip(axes, kernel.shape, strict=True))
+    spatial = "".join(letter for letter in "DHW" if letter in axes)
+    steps = dict(zip(spatial, (*STRIDES, 1), strict=False))
+    image = f"NC{spatial}"
+    # Strides and paddings are in the order of the kernel's letters.
+    order = [letter for letter in axes if letter in spatial]
+    strides = tuple(steps[letter] for letter in order)
+    common = dict(dimension_numbers=(image, axes, image), feature_group_count=groups)
+    if not transposed:
+        full = [(sizes[letter] - 1,) * 2 for letter in order]
+        ones = (1,) * len(order)
+        return oracle.forward(
+            x, kernel, window_strides=ones, padding=full, lhs_dilation=strides, **common
+        )
+    # The gradient of a convolution with strides, of an input so large that nothing is left over.
+    spread = [
+        (n - 1) * steps[letter] + sizes[letter]
+        for n, letter in zip(x.shape[2:], spatial, strict=True)
+    ]
+    shape = (len(x), groups * sizes["I"], *spread)
+    return oracle.input_gradient(
+        x, kernel, shape, window_strides=strides, padding="VALID", **common
+    )
+
+
+def image_of(groups: int, inputs: int, rank: int = 2) -> np.ndarray:
+    return random("image", (2, groups * inputs, *(4, 3, 2)[:rank]), np.int64)
+
+
+def assert_same(actual: Any, expected: np.ndarray) -> None:
+    """Bit by bit, and NumPy's, laid out as files want it."""
+    assert type(actual) is np.ndarray
+    assert actual.flags.c_contiguous
+    assert actual.dtype == expected.dtype
+    np.testing.assert_array_equal(actual, expected)
+
+
+def assert_every_pair_converts(layouts: dict[str, str], groups, inputs, outputs, rank=2) -> None:
+    x = image_of(groups, inputs, rank)
+    for source, letters in layouts.items():
+        kernel = kernel_of(letters, groups, inputs, outputs)
+        expected = layer(x, kernel, letters, groups)
+        for target, others in layouts.items():
+            converted = convert_kernel(kernel, source, target, groups)
+            message = f"{source} to {target}"
+            np.testing.assert_array_equal(layer(x, converted, others, groups), expected, message)
+            assert_same(convert_kernel(converted, target, source, groups), kernel)
+
+
+# Layouts.
+
+
+@pytest.mark.parametrize(("groups", "inputs", "outputs"), [(3, 2, 4), (1, 2, 3), (2, 3, 1)])
+def test_a_layer_computes_the_same_in_every_layout(groups, inputs, outputs):
+    assert_every_pair_converts(LAYOUTS, groups, inputs, outputs)
+
+
+def test_depthwise_kernels_have_no_inputs():
+    layouts = ["OIHW", "flax", "torch", "HGWIO", "torch_transposed", "keras_transposed"]
+    some = {name: LAYOUTS[name] for name in layouts}
+    assert_every_pair_converts({**some, **DEPTHWISE}, 3, 1, 2)
+
+
+def test_every_name_is_tested():
+    assert {*LAYOUTS, *DEPTHWISE} >= NAMED.keys()
+
+
+@pytest.mark.parametrize(
+    ("rank", "layouts"),
+    [
+        (0, ["OI", "IO", "GIO", "transposed OI"]),
+        (1, ["OIW", "WIO", "IWGO", "transposed OIW"]),
+        (3, ["OIDHW", "HWDIO", "DGHWIO", "transposed OIDHW", "transposed WDIHO"]),
+    ],
+)
+def test_any_number_of_spatial_dimensions(rank, layouts):
+    letters = "DHW"[3 - rank :]
+    names = ["torch", "flax", "torch_transposed", "keras_transposed"]
+    named = {name: NAMED[name].replace("...", letters) for name in names}
+    assert_every_pair_converts({**{text: text for text in layouts}, **named}, 2, 3, 2, rank)
+
+
+def test_letters_of_any_case_and_any_spatial_letters():
+    kernel = random("kernel", (6, 2, 3, 4), np.float32)
+    for source, target in [("oihw", "HWio"), ("OI01", "01IO"), ("OITX", "...IO")]:
+        assert_same(convert_kernel(kernel, source, target), np.transpose(kernel, (2, 3, 1, 0)))
+    # An ellipsis is H, W, in that order, whichever way the other layout has them.
+    for source, target in [("torch", "WHIO"), ("OIHW", "WHIO"), ("OIXY", "YXIO")]:
+        assert_same(convert_kernel(kernel, source, target), np.transpose(kernel, (3, 2, 1, 0)))
+    turned = np.swapaxes(kernel, 2, 3)
+    assert_same(convert_kernel(turned, "OIWH", "torch"), kernel)
+    assert_same(convert_kernel(kernel, "Torch", "CAFFE"), kernel)
+
+
+# Against the libraries themselves.
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_weights_of_pytorch(groups, rank):
+    torch = pytest.importorskip("torch", reason="compares with PyTorch, which is not installed")
+    x = random("x", (2, 6, *(5, 4, 3)[:rank]), np.float32)
+    taps, strides = (3, 2, 2)[:rank], (*STRIDES, 1)[:rank]
+    given = torch.from_numpy(x)
+    channels_last = "DHW"[3 - rank :] + "IO"
+
+    weight = random("weight", (12, 6 // groups, *taps), np.float32)
+    conv = getattr(torch.nn.functional, f"conv{rank}d")
+    expected = conv(given, torch.from_numpy(weight), groups=groups)
+    out = oracle.forward(
+        x,
+        convert_kernel(weight, "torch", channels_last),
+        window_strides=(1,) * rank,
+        padding="VALID",
+        dimension_numbers=(f"NC{channels_last[:-2]}", channels_last, f"NC{channels_last[:-2]}"),
+        feature_group_count=groups,
+    )
+    np.testing.assert_allclose(out, expected.numpy(), rtol=1e-4, atol=1e-5)
+
+    weight = random("weight", (6, 12 // groups, *taps), np.float32)
+    conv = getattr(torch.nn.functional, f"conv_transpose{rank}d")
+    expected = conv(given, torch.from_numpy(weight), stride=strides, groups=groups)
+    kernel = convert_kernel(weight, "torch_transposed", channels_last, groups)
+    out = layer(x, kernel, channels_last, groups)
+    np.testing.assert_allclose(out, expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["flax", "keras_transposed"])
+def test_the_transposed_convolution_takes_both(layout):
+    x = image_of(3, 2).astype(np.float32)
+    weight = kernel_of("transposed OIHW", 3, 2, 4).astype(np.float32)
+    out = grouped_conv_transpose(
+        np.moveaxis(x, 1, -1),
+        convert_kernel(weight, "torch_transposed", layout, 3),
+        STRIDES,
+        [(2, 2), (1, 1)],
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=3,
+        transpose_kernel=layout == "keras_transposed",
+    )
+    expected = layer(x, weight, "transposed OIHW", 3)
+    expected = np.moveaxis(expected, 1, -1)
+    np.testing.assert_allclose(out, expected, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def keras(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KERAS_BACKEND", "jax")
+        patch.setenv("KERAS_HOME", str(tmp_path_factory.mktemp("keras")))
+        pytest.importorskip("keras", reason="compares with Keras, which is not installed")
+        return importlib.import_module("keras")
+
+
+def test_weights_of_keras(keras):
+    x = random("x", (2, 5, 4, 6), np.float32)
+    arguments = dict(strides=2, padding="valid", data_format="channels_last")
+    first = np.moveaxis(x, -1, 1)
+
+    kernel = random("kernel", (3, 2, 6, 2), np.float32)
+    expected = keras.ops.depthwise_conv(x, kernel, **arguments)
+    converted = convert_kernel(kernel, "keras_depthwise", "OIHW")
+    out = oracle.forward(
+        first, converted, window_strides=(2, 2), padding="VALID", feature_group_count=6
+    )
+    np.testing.assert_allclose(np.moveaxis(out, 1, -1), expected, rtol=1e-4, atol=1e-5)
+
+    kernel = random("kernel", (3, 2, 2, 9), np.float32)
+    expected = keras.ops.conv(x, kernel, **arguments)
+    converted = convert_kernel(kernel, "keras", "OIHW", 3)
+    out = oracle.forward(
+        first, converted, window_strides=(2, 2), padding="VALID", feature_group_count=3
+    )
+    np.testing.assert_allclose(np.moveaxis(out, 1, -1), expected, rtol=1e-4, atol=1e-5)
+
+    kernel = random("kernel", (3, 2, 4, 6), np.float32)
+    expected = keras.ops.conv_transpose(x, kernel, **{**arguments, "strides": STRIDES})
+    converted = convert_kernel(kernel, "keras_transposed", "OIHW", 1)
+    out = np.moveaxis(layer(first, converted, "OIHW", 1), 1, -1)
+    # Where the strides exceed the kernel Keras goes on with zeros.
+    assert not np.any(expected[:, out.shape[1] :])
+    assert not np.any(expected[:, :, out.shape[2] :])
+    np.testing.assert_allclose(
+        out, expected[:, : out.shape[1], : out.shape[2]], rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("transpose_kernel", [False, True])
+def test_weights_of_flax(transpose_kernel):
+    x = random("x", (2, 4, 3, 6), np.float32)
+    flax = nnx.ConvTranspose(
+        6,
+        4,
+        (3, 2),
+        STRIDES,
+        padding=[(2, 2), (1, 1)],
+        use_bias=False,
+        transpose_kernel=transpose_kernel,
+        rngs=nnx.Rngs(0),
+    )
+    layout = "keras_transposed" if transpose_kernel else "flax"
+    kernel = convert_kernel(np.asarray(flax.kernel), layout, "OIHW", 1)
+    out = layer(np.moveaxis(x, -1, 1), kernel, "OIHW", 1)
+    np.testing.assert_allclose(np.moveaxis(out, 1, -1), flax(jnp.asarray(x)), rtol=1e-4, atol=1e-5)
+
+
+# Groupings.
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fewer_groups_compute_the_same(layout):
+    letters, groups, inputs = LAYOUTS[layout], 6, 2
+    x = image_of(groups, inputs)
+    kernel = kernel_of(letters, groups, inputs, 3)
+    expected = layer(x, kernel, letters, groups)
+    for target in (1, 2, 3, 6):
+        wider = regroup(kernel, groups, target, layout)
+        np.testing.assert_array_equal(layer(x, wider, letters, target), expected)
+    assert_same(regroup(kernel, groups, groups, layout), kernel)
+    dense = densify(kernel, groups, layout)
+    assert_same(dense, regroup(kernel, groups, 1, layout))
+    assert_same(dense, regroup(regroup(kernel, groups, 3, layout), 3, 1, layout))
+    assert np.count_nonzero(dense) == np.count_nonzero(kernel)
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, *DEPTHWISE])
+def test_groups_alone_compute_their_features(layout):
+    letters, groups = {**LAYOUTS, **DEPTHWISE}[layout], 3
+    inputs = 1 if layout in DEPTHWISE else 2
+    x = image_of(groups, inputs)
+    kernel = kernel_of(letters, groups, inputs, 2)
+    kernels = split_groups(kernel, groups, layout)
+    parts = [layer(x, k, letters, 1) for x, k in zip(np.split(x, groups, 1), kernels, strict=True)]
+    np.testing.assert_array_equal(np.concatenate(parts, 1), layer(x, kernel, letters, groups))
+    merged = merge_groups(kernels, layout)
+    assert_same(merged, kernel)
+    assert all(kernel.flags.c_contiguous for kernel in kernels)
+    assert not np.shares_memory(merged, kernels[0])
+
+
+def test_the_default_layout_is_channels_last_of_any_rank():
+    for taps in [(), (3,), (3, 2), (3, 2, 2)]:
+        kernel = random("kernel", (*taps, 2, 6), np.float32)
+        assert densify(kernel, 3).shape == (*taps, 6, 6)
+        assert regroup(kernel, 6, 2).shape == (*taps, 6, 6)
+        assert split_groups(kernel, 3)[0].shape == (*taps, 2, 2)
+        assert merge_groups([kernel, kernel]).shape == (*taps, 2, 12)
+
+
+def test_what_is_not_finite_stays_in_its_group():
+    kernel = np.array([[np.inf, np.nan, -0.0, 4.0]], np.float32)
+    dense = densify(kernel, 2)
+    expected = np.array([[np.inf, np.nan, 0, 0], [0, 0, -0.0, 4]], np.float32)
+    assert dense.tobytes() == expected.tobytes()
+    assert np.asarray(densify(jnp.asarray(kernel), 2)).tobytes() == expected.tobytes()
+
+
+# Arrays of both kinds.
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int8", "bfloat16", "complex64"])
+def test_jax_arrays_are_converted_as_numpy_arrays(dtype):
+    kernel = np.asarray(jnp.asarray(random("kernel", (6, 2, 3, 2), np.float32)).astype(dtype))
+
+    def everything(kernel):
+        flax = convert_kernel(kernel, "torch_transposed", "flax", 3)
+        parts = split_groups(flax, 3)
+        return flax, regroup(flax, 6, 2), densify(flax, 3), parts, merge_groups(parts)
+
+    here = everything(kernel)
+    traced = jax.jit(everything)(kernel)
+    for x, y in zip(jax.tree.leaves(here), jax.tree.leaves(traced), strict=True):
+        assert isinstance(y, jax.Array)
+        assert x.dtype == dtype
+        assert_same(x, np.asarray(y))
+
+
+def test_a_parameter_of_a_layer_and_gradients_through_a_conversion():
+    layer = nnx.Conv(6, 12, (3, 2), feature_group_count=3, rngs=nnx.Rngs(0))
+    converted = convert_kernel(layer.kernel, "flax", "torch")
+    assert isinstance(converted, jax.Array)
+    np.testing.assert_array_equal(converted, np.transpose(layer.kernel[...], (3, 2, 0, 1)))
+    cotangent = random("cotangent", (3, 2, 6, 12), np.float32)
+    _, vjp = jax.vjp(lambda kernel: densify(kernel, 3), layer.kernel[...])
+    diagonal = densify(np.ones((3, 2, 2, 12), bool), 3)
+    expected = np.where(diagonal, cotangent, 0)
+    np.testing.assert_array_equal(densify(np.asarray(vjp(cotangent)[0]), 3), expected)
+
+
+def test_explicit_shardings_are_kept():
+    mesh = jax.make_mesh((2, 4), ("data", "group"), (AxisType.Explicit,) * 2)
+    kernel = random("kernel", (3, 2, 2, 16), np.float32)
+    outputs, inputs = P(None, None, None, "group"), P(None, None, "data", None)
+    with jax.set_mesh(mesh):
+        for spec, target in ((outputs, 1), (inputs, 2)):
+            placed = jax.device_put(kernel, NamedSharding(mesh, spec))
+            wider = regroup(placed, 4, target)
+            assert jax.typeof(wider).sharding.spec == spec
+            assert_same(np.asarray(wider), regroup(kernel, 4, target))
+            moved = convert_kernel(placed, "flax", "torch", 4)
+            assert jax.typeof(moved).sharding.spec == P(spec[3], spec[2], None, None)
+            assert_same(np.asarray(moved), convert_kernel(kernel, "flax", "torch"))
+
+
+def test_numpy_arrays_need_no_device(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a device was asked for")
+
+    kernel = random("kernel", (6, 2, 3, 2), np.float32)
+    monkeypatch.setattr(jax, "device_put", refuse)
+    monkeypatch.setattr("jax.numpy.asarray", refuse)
+    with jax.transfer_guard("disallow"):
+        for source, target in itertools.product(["torch", "keras_transposed"], ["GOIHW", "flax"]):
+            assert type(convert_kernel(kernel, source, target, 2)) is np.ndarray
+        assert type(merge_groups(split_groups(densify(kernel, 2), 1))) is np.ndarray
+
+
+# What is wrong.
+
+ONES = np.ones((8, 2, 3, 3))
+WRONG: Any = 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "parts"),
+    [
+        (("NHWC", "HWIO"), ValueError, ["source='NHWC' has no O and no I", "'HWIO'", "keras"]),
+        (("OIHW", "OHW"), ValueError, ["target='OHW' has no I"]),
+        (("OIHH", "HWIO"), ValueError, ["source='OIHH' has H more than once"]),
+        (("OI-W", "HWIO"), ValueError, ["source='OI-W' is no layout", "transposed OI..."]),
+        (("pytorch", "HWIO"), ValueError, ["source='pytorch'", "torch_transposed"]),
+        (("OIH...", "HWIO"), ValueError, ["source='OIH...'", "ellipsis and H"]),
+        ((None, "HWIO"), TypeError, ["source must be a string", "None"]),
+        (("OIHW", 3), TypeError, ["target must be a string", "3"]),
+        (("OIW", "WIO"), ValueError, ["source='OIW'", "3 dimensions", "kernel has 4"]),
+        (("OIDHW", "torch"), ValueError, ["source='OIDHW'", "5 dimensions", "kernel has 4"]),
+        (("torch", "DHWIO"), ValueError, ["target='DHWIO' has 3 spatial", "kernel has 2"]),
+        (("OIHW", "XYIO"), ValueError, ["differ in their spatial letters", "HW", "XY"]),
+        (("torch_transposed", "flax"), ValueError, ["feature_group_count must be given"]),
+        (("torch", "GOIHW"), ValueError, ["feature_group_count must be given", "axis G"]),
+        (("torch", "flax", 3), ValueError, ["=3", "axis O", "source='torch'", "(8)", "1, 2, 4"]),
+        (("torch", "flax", 0), ValueError, ["feature_group_count must be at least 1"]),
+        (("torch", "flax", 2.0), TypeError, ["feature_group_count", "2.0"]),
+        (("torch", "flax", True), TypeError, ["feature_group_count", "True"]),
+        (("GIHW", "HWIO", 4), ValueError, ["=4", "axis G of the kernel in source='GIHW' has 8"]),
+        (
+            ("torch", "keras_depthwise", 4),
+            ValueError,
+            ["target='keras_depthwise' has no axis I", "kernel has 2", "with I"],
+        ),
+    ],
+)
+def test_wrong_layouts_are_told(arguments, error, parts):
+    with pytest.raises(error) as raised:
+        convert_kernel(ONES, *arguments)
+    for part in parts:
+        assert part in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "parts"),
+    [
+        (lambda: regroup(ONES, 4, 3, "torch"), ValueError, ["target_group_count=3", "(4)", "1, 2"]),
+        (lambda: regroup(ONES, 2, 4, "torch"), ValueError, ["target_group_count=4", "(2)"]),
+        (lambda: regroup(ONES, 3, 1, "torch"), ValueError, ["feature_group_count=3", "(8)"]),
+        (lambda: regroup(ONES, 4, WRONG, "torch"), TypeError, ["target_group_count", "1.0"]),
+        (lambda: densify(ONES, 2, "HWGO"), ValueError, ["=2", "axis G", "has 3"]),
+        (lambda: densify(ONES, 3, "HWGO"), ValueError, ["no axis I", "kernel has 3"]),
+        (lambda: densify(ONES[0, 0, 0], 1), ValueError, ["at least 2 dimensions", "has 1"]),
+        (lambda: densify([[1.0]], 1), TypeError, ["kernel must be", "list", "np.asarray"]),
+        (lambda: split_groups(ONES, 5, "torch"), ValueError, ["=5", "(8)"]),
+        (lambda: merge_groups([]), ValueError, ["kernels", "at least one"]),
+        (lambda: merge_groups([ONES, [1]]), TypeError, ["kernels[1] must be", "list"]),
+        (lambda: merge_groups([ONES, ONES[:1]]), ValueError, ["(8, 2, 3, 3)", "at 1 (1, 2, 3"]),
+        (lambda: merge_groups([ONES, ONES > 0]), ValueError, ["float64", "bool"]),
+    ],
+)
+def test_wrong_groups_are_told(call, error, parts):
+    with pytest.raises(error) as raised:
+        call()
+    for part in parts:
+        assert part in str(raised.value)
