@@ -23,7 +23,7 @@ from grouped_conv_jax.measuring import tune
 from grouped_conv_jax.mixed import grouped_conv_mixed
 from grouped_conv_jax.patches import grouped_conv_patches
 from grouped_conv_jax.shuffle import channel_shuffle
-from grouped_conv_jax.streaming import streaming_conv
+from grouped_conv_jax.streaming import streaming_conv, streaming_conv_state
 from grouped_conv_jax.transpose import grouped_conv_transpose
 from grouped_conv_jax.tuning import Tuning
 from grouped_conv_jax.version import __version__
@@ -53,6 +53,7 @@ __all__ = [
     "models",
     "nnx",
     "streaming_conv",
+    "streaming_conv_state",
     "towers",
     "tune",
     "weights",

@@ -102,16 +102,16 @@ def tolerance(dtype: Any, length: float, accumulator: Any = None) -> tuple[float
     additions rounds one by half a unit of the accumulator at most; those errors are random too,
     so that together they come to about length * eps / 2. Eight times that leaves room for the
     tail and for the four products of complex numbers. Last, the sum is rounded to `dtype`, once
-    for 16 bits; twice that, since the accumulation may end on the other side of a tie.
+    for narrow floats; twice that, since the accumulation may end on the other side of a tie.
 
     Integers are exact.
     """
     dtype = np.dtype(dtype)
     if np.issubdtype(dtype, np.integer):
         return 0, 0
-    # 16-bit floats are multiplied and added up in 32 bits.
+    # Floats of 16 and of 8 bits are multiplied and added up in 32 bits.
     single = np.dtype(np.float32)
-    eps = _eps(accumulator or (single if dtype.itemsize == 2 else dtype))
+    eps = _eps(accumulator or (single if dtype.itemsize < 4 else dtype))
     return 4 * eps * max(length, 1), _eps(dtype)
 
 

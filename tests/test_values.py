@@ -20,7 +20,7 @@ from cases import (
 )
 from jax import lax
 
-from grouped_conv_jax import grouped_conv
+from grouped_conv_jax import grouped_conv, grouped_conv_input_grad, grouped_conv_kernel_grad
 
 
 def value_and_gradients(conv):
@@ -141,6 +141,45 @@ def test_small_integers_add_up_in_the_preferred_type(case, implementation):
 
 
 @pytest.mark.usefixtures("quick_compilation")
+@each_case(DTYPE_CASES[:2])
+@any_implementation
+@pytest.mark.parametrize(
+    ("dtype", "wide"),
+    [("int8", "int32"), ("uint8", "int32"), ("int32", "int32"), ("int16", "int16")],
+)
+def test_integers_in_all_three_contractions(case, implementation, dtype, wide):
+    x, w, _ = (abs(a).astype(dtype) for a in case.random(np.int32))
+    y = case.random(np.int32)[2].astype(wide)
+    arguments = {
+        **case.arguments,
+        "preferred_element_type": wide,
+        "implementation": implementation,
+    }
+    actual = [
+        case.conv(implementation, preferred_element_type=wide)(x, w),
+        grouped_conv_input_grad(x.shape, w, y, **arguments),
+        grouped_conv_kernel_grad(x, w.shape, y, **arguments),
+    ]
+    for a, e, t in zip(actual, case.contractions(x, w, y), (wide, dtype, dtype), strict=True):
+        assert a.dtype == t
+        # They wrap around, as NumPy's do.
+        np.testing.assert_array_equal(a, e.astype(np.int64).astype(t))
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@each_case(DTYPE_CASES[:2])
+@any_implementation
+@pytest.mark.parametrize("wide", ["float32", "bfloat16", None])
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_floats_of_8_bits(case, implementation, dtype, wide):
+    x, w, _ = case.random(jnp.dtype(dtype))
+    y = case.random(jnp.dtype(wide or dtype))[2]
+    actual = value_and_gradients(case.conv(implementation, preferred_element_type=wide))(x, w, y)
+    assert [a.dtype for a in actual] == [wide or dtype, dtype, dtype]
+    assert_matches_the_oracle(actual, case, (x, w, y), accumulator=np.float32)
+
+
+@pytest.mark.usefixtures("quick_compilation")
 @each_case(DTYPE_CASES)
 @any_implementation
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -188,6 +227,19 @@ def test_16_bit_floats_accumulate_in_32_bits(dtype, implementation, result, lhs,
     ones = [jnp.ones(shape, dtype) for shape in case.shapes]
     actual = value_and_gradients(case.conv(implementation))(*ones)[result]
     np.testing.assert_array_equal(np.asarray(actual, np.float32), LONG)
+
+
+@every_implementation
+def test_floats_of_8_bits_accumulate_in_more(implementation):
+    # In 8 bits a sum of ones stops growing at 16.
+    case = Case(
+        "ones", (1, 512, 1), (2, 256, 1),
+        {"window_strides": (1,), "padding": "SAME", "feature_group_count": 2},
+    )  # fmt: skip
+    out = jax.jit(case.conv(implementation))(
+        *(jnp.ones(s, "float8_e4m3fn") for s in case.shapes[:2])
+    )
+    np.testing.assert_array_equal(np.asarray(out, np.float32), 256)
 
 
 @pytest.mark.parametrize("dtype", ["bool", "int32", "uint8"])

@@ -1,0 +1,144 @@
+"""`grouped_conv_patches`: what each output of a convolution sees of the input, as features.
+
+The data is moved (padded, sliced, stacked), and nothing is multiplied: every dtype is exact, and an
+infinity or NaN is where it was, and nowhere else.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+from grouped_conv_jax import arguments
+from grouped_conv_jax.explicit import sharding_of_result, untyped
+from grouped_conv_jax.forward import forward
+from grouped_conv_jax.padding import PaddingLike
+from grouped_conv_jax.spec import ConvSpec
+
+
+def grouped_conv_patches(
+    lhs: ArrayLike,
+    filter_shape: Sequence[int],
+    window_strides: Sequence[int],
+    padding: PaddingLike,
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: lax.ConvDimensionNumbers | Sequence[str] | None = None,
+    precision: Any = None,
+    preferred_element_type: DTypeLike | None = None,
+) -> jax.Array:
+    r"""Patches of an input, in place of `jax.lax.conv_general_dilated_patches`.
+
+    With K taps k and features c of the input,
+
+    .. math:: out[n, p, c K + k] = lhs[n, p \cdot stride + k \cdot dilation, c]
+
+    The features of a patch are in the order of those of the input, the taps of each together. So
+    the patches of a group of features are a block of the result, and there is no
+    `feature_group_count` to give: a grouped convolution is a matrix product for each block.
+
+    Args:
+      lhs: the input, rank n + 2: batch N, features, and n >= 0 spatial dimensions.
+      filter_shape: n integers, the taps, in the order of the kernel's spatial letters.
+      window_strides: n integers, at least 1.
+      padding: as in `grouped_conv`.
+      lhs_dilation: n integers, at least 1: `lhs` is spread out with zeros between (default 1).
+      rhs_dilation: n integers, at least 1: the taps are apart as many (default 1).
+      dimension_numbers: as in `grouped_conv`.
+      precision: accepted as in lax; nothing is rounded.
+      preferred_element_type: dtype of the result, by default that of `lhs`.
+
+    Returns:
+      The patches: N, features times taps, and n spatial dimensions, in the layout of the third
+      string. It is linear in `lhs`; its gradient adds 16-bit floats up in 32 bits.
+
+    Raises:
+      ValueError, TypeError: an argument is wrong; the message names it and says what would do.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from grouped_conv_jax.patches import grouped_conv_patches
+      >>> x = jnp.array([[[1, 2, 3], [4, 5, 6]]])  # Two features at three positions.
+      >>> grouped_conv_patches(x, (2,), (1,), "VALID")[0, :, 0]  # At the first position.
+      Array([1, 2, 4, 5], dtype=int32)
+    """
+    like = arguments.array_type("lhs", lhs)
+    taps = arguments.integers("filter_shape", filter_shape, max(like.ndim - 2, 0))
+    features = like.shape[arguments.layout(like.shape, like.shape, dimension_numbers).lhs_spec[1]]
+    # The convolution whose kernel has a one for each feature and tap.
+    groups = max(features, 1)
+    kernel = kernel_type(
+        like, features * math.prod(taps), features // groups, taps, dimension_numbers
+    )
+    call = forward(
+        like,
+        kernel,
+        window_strides,
+        padding,
+        lhs_dilation,
+        rhs_dilation,
+        dimension_numbers,
+        groups,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+    )
+
+    spec = call.spec
+
+    def move(lhs: jax.Array) -> jax.Array:
+        return extract(lhs, spec).reshape(spec.out_shape).astype(spec.role_dtype("out"))
+
+    # Wide already, since the transpose adds up.
+    x = call.prepared(jnp.asarray(lhs).astype(spec.accumulator))
+    sharding = sharding_of_result("fprop", spec, jax.typeof(x), kernel, None)
+    return move(x) if sharding is None else untyped(move, sharding)(x)
+
+
+def kernel_type(
+    lhs: Any, outputs: int, depth: int, taps: Sequence[int], dimension_numbers: Any
+) -> Any:
+    """The type of a kernel for `lhs`, from that of `lhs`."""
+    shape = [0] * lhs.ndim
+    layout = arguments.layout(lhs.shape, lhs.shape, dimension_numbers).rhs_spec
+    for d, size in zip(layout, (outputs, depth, *taps), strict=True):
+        shape[d] = size
+    return jax.typeof(jax.ShapeDtypeStruct(shape, lhs.dtype))
+
+
+def extract(lhs: jax.Array, spec: ConvSpec) -> jax.Array:
+    """Patches in the layout of the output, with the taps as dimensions after the features."""
+    config = [(0, 0, 0)] * lhs.ndim
+    for d, (low, high), step in zip(
+        spec.spatial_dimensions("lhs"), spec.padding, spec.lhs_dilation, strict=True
+    ):
+        config[d] = (low, high, step - 1)
+    filled = lax.pad(lhs, jnp.zeros((), lhs.dtype), config)
+    layout = spec.layout("out")
+    source = dict(zip(layout, spec.layout("lhs"), strict=True))
+    x = jnp.transpose(filled, [source[d] for d in range(lhs.ndim)])
+    # One spatial dimension after the other: as many slices as the sum of the taps, not as their
+    # product. The last one first, since each set of taps is put before those that are there.
+    features = layout[1]
+    for i, axis in reversed(list(enumerate(layout[2:]))):
+        stacked = x.ndim - lhs.ndim
+        x = jnp.stack(
+            [
+                _window(x, axis + (stacked if axis > features else 0), tap, i, spec)
+                for tap in range(spec.spatial_shape("rhs")[i])
+            ],
+            features + 1,
+        )
+    return x
+
+
+def _window(x: jax.Array, axis: int, tap: int, dimension: int, spec: ConvSpec) -> jax.Array:
+    """What one tap sees along one spatial dimension."""
+    count, stride = spec.spatial_shape("out")[dimension], spec.window_strides[dimension]
+    first = tap * spec.rhs_dilation[dimension]
+    if isinstance(count, int) and count == 0:
+        return lax.slice_in_dim(x, 0, 0, axis=axis)
+    return lax.slice_in_dim(x, first, first + (count - 1) * stride + 1, stride, axis)

@@ -1,0 +1,330 @@
+"""Parts with kernels of their own: against the oracle part by part, and what is made one."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import NHWC, Case, each_case, random
+from jaxprs import convolutions
+
+from grouped_conv_jax import count_multiply_adds
+from grouped_conv_jax.mixed import grouped_conv_mixed
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+class Mixed:
+    """An input, one kernel shape and one set of the oracle's arguments for each part."""
+
+    def __init__(self, name, lhs, parts, merged, arguments, sizes=None):
+        self.name, self.merged, self.arguments = name, merged, arguments
+        self.rhs = [rhs for rhs, _ in parts]
+        numbers = arguments.get("dimension_numbers")
+        self.features = oracle.layouts(len(lhs) - 2, numbers)["lhs"][1]
+        self.out_features = oracle.layouts(len(lhs) - 2, numbers)["out"][1]
+        self.group_sizes = sizes
+        self.sizes = sizes or [lhs[self.features] // len(parts)] * len(parts)
+        self.lhs = lhs
+        self.parts = [
+            Case(f"{name} {i}", self._part_shape(i), rhs, self._arguments_of(i, groups))
+            for i, (rhs, groups) in enumerate(parts)
+        ]
+
+    def _part_shape(self, i):
+        shape = list(self.lhs)
+        shape[self.features] = self.sizes[i]
+        return tuple(shape)
+
+    def _arguments_of(self, i, groups) -> dict[str, Any]:
+        more = {**self.arguments, "feature_group_count": groups}
+        for name in ("padding", "rhs_dilation"):
+            if isinstance(more.get(name), dict):
+                more[name] = more[name]["each"][i]
+        return more
+
+    def conv(self, **more):
+        given = {k: v["each"] if isinstance(v, dict) else v for k, v in self.arguments.items()}
+        return lambda lhs, rhs: grouped_conv_mixed(
+            lhs, rhs, **given, group_sizes=self.group_sizes, **more
+        )
+
+    def random(self, dtype: Any = np.float32, stack=()):
+        """An input and the kernels."""
+        lhs = random(self.name, (*stack, *self.lhs), dtype)
+        return lhs, [
+            random(f"{self.name} {i}", (*stack, *shape), dtype) for i, shape in enumerate(self.rhs)
+        ]
+
+    def contractions(self, lhs, rhs, out):
+        """The oracle's, part by part."""
+        ends = np.cumsum(self.sizes)[:-1]
+        sizes = [case.out[self.out_features] for case in self.parts]
+        lhs = np.split(lhs, ends, self.features)
+        out = np.split(out, np.cumsum(sizes)[:-1], self.out_features)
+        results = [
+            oracle.contractions(x, w, y, **case.arguments)
+            for x, w, y, case in zip(lhs, rhs, out, self.parts, strict=True)
+        ]
+        outs, dx, dw = zip(*results, strict=True)
+        return np.concatenate(outs, self.out_features), np.concatenate(dx, self.features), dw
+
+    @property
+    def out(self):
+        shape = list(self.parts[0].out)
+        shape[self.out_features] = sum(case.out[self.out_features] for case in self.parts)
+        return tuple(shape)
+
+
+CASES = [
+    # Parts: the kernel's shape and the groups that it makes of its features.
+    Mixed(
+        "MixConv",
+        (2, 6, 5, 12),
+        [((3, 3, 1, 6), 6), ((5, 5, 1, 4), 4), ((7, 7, 1, 2), 2)],
+        3,
+        {"window_strides": (2, 1), "padding": "SAME", "dimension_numbers": NHWC},
+        (6, 4, 2),
+    ),
+    Mixed(
+        "uneven dense groups",
+        (2, 7, 6, 5),
+        [((4, 2, 3, 3), 1), ((3, 5, 3, 3), 1)],
+        2,
+        {"window_strides": (1, 1), "padding": [(1, 0), (0, 1)]},
+        (2, 5),
+    ),
+    Mixed(
+        "neighbours alike",
+        (3, 12, 9),
+        # The first two are one (of different numbers of groups), then another multiplier, another
+        # size, and one as the first ones, but not their neighbour.
+        [((4, 1, 3), 2), ((6, 1, 3), 3), ((3, 1, 3), 3), ((2, 1, 5), 2), ((4, 1, 3), 2)],
+        4,
+        {"window_strides": (1,), "padding": "SAME_LOWER"},
+        (2, 3, 3, 2, 2),
+    ),
+    Mixed(
+        "padding and dilation of each part",
+        (8, 2, 6, 7),
+        [((2, 3, 2, 4), 1), ((1, 3, 5, 4), 2), ((2, 3, 2, 4), 1), ((2, 3, 2, 4), 1)],
+        3,
+        {
+            "window_strides": (1, 2),
+            "padding": {
+                "each": [
+                    ((1, 1), (1, 0)),
+                    ((1, 1), (2, 2)),
+                    ((2, 2), (1, 2)),
+                    ((2, 2), (1, 2)),
+                ]
+            },
+            "rhs_dilation": {"each": [(1, 1), (1, 1), (2, 3), (2, 3)]},
+            "dimension_numbers": ("CNHW", "IHWO", "NHWC"),
+        },
+    ),
+    Mixed(
+        "dilated input",
+        (2, 4, 4, 3),
+        [((2, 2, 3, 3), 1), ((4, 1, 3, 3), 2)],
+        2,
+        {
+            "window_strides": (1, 1),
+            "padding": [(2, 1), (0, 2)],
+            "lhs_dilation": (2, 3),
+            "rhs_dilation": (1, 2),
+        },
+    ),
+    Mixed("rank 0", (5, 4), [((3, 2), 1), ((2, 1), 2)], 2, {"window_strides": (), "padding": ()}),
+]
+
+each_mixed = each_case(CASES)  # pyright: ignore[reportArgumentType]
+(MIXCONV, *_) = CASES
+
+
+@each_mixed
+def test_value_and_gradients_are_those_of_the_oracle_part_by_part(case):
+    lhs, rhs = case.random()
+    y = random("cotangent", case.out, np.float32)
+
+    @jax.jit
+    def compute(lhs, rhs, y):
+        out, vjp = jax.vjp(case.conv(), lhs, rhs)
+        return out, *vjp(y)
+
+    actual = compute(lhs, rhs, y)
+    expected = case.contractions(lhs, rhs, y)
+    length = max(max(oracle.lengths(*part.shapes, **part.arguments)) for part in case.parts)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        oracle.assert_close(a, e, length)
+
+
+@each_mixed
+def test_neighbours_that_are_alike_are_one_convolution(case):
+    found = convolutions(case.conv(), *case.random())
+    assert len(found) == case.merged
+    groups = sum(part.groups for part in case.parts)
+    assert sum(e.params["spec"].feature_group_count for e in found) == groups
+
+
+def test_nothing_is_computed_that_is_not_needed():
+    lhs, rhs = MIXCONV.random()
+    assert count_multiply_adds(MIXCONV.conv(), lhs, rhs) == 2 * 3 * 5 * (6 * 9 + 4 * 25 + 2 * 49)
+
+
+@pytest.mark.parametrize("padding", ["CIRCULAR", "causal", ["REFLECT", "SAME"]])
+def test_strings_are_meant_for_each_part(padding):
+    lhs, rhs = MIXCONV.random()
+    more: dict[str, Any] = {**MIXCONV.arguments, "window_strides": (1, 1)}
+    more["padding"] = padding
+    actual = grouped_conv_mixed(lhs, rhs, **more, group_sizes=(6, 4, 2))
+    assert actual.shape == (2, 6, 5, 12)
+    by_part = [
+        grouped_conv_mixed(x, [w], **more)
+        for x, w in zip(np.split(lhs, [6, 10], -1), rhs, strict=True)
+    ]
+    np.testing.assert_allclose(actual, jnp.concatenate(by_part, -1), 1e-5, 1e-5)
+
+
+def test_dtypes_and_the_preferred_one():
+    lhs, rhs = MIXCONV.random(np.int8)
+    out = MIXCONV.conv(preferred_element_type=np.int32)(lhs, rhs)
+    assert out.dtype == np.int32
+    expected, *_ = MIXCONV.contractions(lhs, rhs, np.zeros(MIXCONV.out))
+    np.testing.assert_array_equal(out, expected)
+
+
+def test_the_implementation_and_the_precision_are_for_every_part():
+    found = convolutions(MIXCONV.conv(implementation="xla", precision="highest"), *MIXCONV.random())
+    assert [e.params["implementation"] for e in found] == ["xla"] * 3
+    assert [e.params["spec"].precision for e in found] == ["highest"] * 3
+
+
+@pytest.mark.usefixtures("x64")
+def test_second_derivatives_are_those_of_the_parts():
+    case = CASES[1]
+    lhs, rhs = case.random(np.float64)
+
+    def by_part(lhs, rhs):
+        parts = jnp.split(lhs, np.cumsum(case.sizes)[:-1], case.features)
+        outs = [p.lax_conv()(x, w) for x, w, p in zip(parts, rhs, case.parts, strict=True)]
+        return jnp.concatenate(outs, case.out_features)
+
+    def second(conv):
+        def loss(*operands):
+            return jnp.sum(jnp.sin(conv(*operands)))
+
+        def norm(*operands):
+            return sum(jnp.sum(g**2) for g in jax.tree.leaves(jax.grad(loss, (0, 1))(*operands)))
+
+        gradient = jax.grad(norm, (0, 1))
+        return jax.jit(lambda *xw: (gradient(*xw), jax.jvp(norm, xw, xw)[1]))(lhs, rhs)
+
+    actual, expected = second(case.conv()), second(by_part)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, e, 1e-10, 1e-10)
+
+
+@pytest.mark.parametrize("mapped", [(True, False), (False, True), (True, True)], ids=str)
+def test_vmap_is_a_loop(mapped):
+    case = CASES[1]
+    lhs, rhs = case.random(stack=(3,))
+    axes = tuple(0 if m else None for m in mapped)
+
+    def at(i, m, x):
+        return x[i] if m else x[0]
+
+    xs = lhs if mapped[0] else lhs[0]
+    ws = rhs if mapped[1] else [w[0] for w in rhs]
+    actual = jax.jit(jax.vmap(case.conv(), axes))(xs, ws)
+    for i, out in enumerate(actual):
+        x = at(i, mapped[0], lhs)
+        kernels = [at(i, mapped[1], w) for w in rhs]
+        expected, *_ = case.contractions(x, kernels, np.zeros(case.out))
+        oracle.assert_close(out, expected, 64)
+
+
+# Arguments.
+
+
+def ones(*shape, dtype: Any = np.float32):
+    return np.ones(shape, dtype)
+
+
+WRONG = {
+    "no kernels": ({"rhs": []}, ValueError, ["at least one kernel"]),
+    "one kernel, not in a list": ({"rhs": ones(6, 1, 3, 3)}, TypeError, ["rhs", "list", "ndarray"]),
+    "a kernel that is none": ({"rhs": [ones(2, 1, 3, 3), 1j, "w"]}, TypeError, ["rhs[2]", "str"]),
+    "dtypes": (
+        {"rhs": [ones(2, 1, 3, 3), ones(4, 1, 5, 5, dtype=np.float16)]},
+        TypeError,
+        ["lhs and rhs[1]", "float32", "float16"],
+    ),
+    "ranks": (
+        {"rhs": [ones(2, 1, 3, 3), ones(4, 1, 5)]},
+        ValueError,
+        ["rhs[1]", "(4)", "(4, 1, 5)"],
+    ),
+    "uneven features": (
+        {"rhs": [ones(2, 1, 3, 3)] * 4, "group_sizes": None},
+        ValueError,
+        ["4 kernels", "features of lhs (6)", "give group_sizes"],
+    ),
+    "too few sizes": ({"group_sizes": (6,)}, ValueError, ["2 kernels", "got 1: (6,)"]),
+    "sizes that miss features": ({"group_sizes": (2, 3)}, ValueError, ["(6)", "(2, 3)", "are 5"]),
+    "a size of 0": ({"group_sizes": (0, 6)}, ValueError, ["group_sizes", "at least 1", "0"]),
+    "a size as a float": ({"group_sizes": (2.0, 4)}, TypeError, ["group_sizes", "2.0"]),
+    "one size": ({"group_sizes": 3}, TypeError, ["group_sizes", "sequence", "3"]),
+    "a depth that does not divide its part": (
+        {"rhs": [ones(2, 1, 3, 3), ones(4, 3, 5, 5)]},
+        ValueError,
+        ["rhs[1] takes 3 input features", "group_sizes[1]=4"],
+    ),
+    "outputs that are not in groups": (
+        {"rhs": [ones(3, 1, 3, 3), ones(4, 1, 5, 5)]},
+        ValueError,
+        ["rhs[0] has 3 output features", "2 groups"],
+    ),
+    "results of different sizes": (
+        {"padding": [(1, 1), (1, 1)]},
+        ValueError,
+        ["different sizes, (5, 5), (3, 3)", "[(1, 1), (1, 1)]", "'SAME'"],
+    ),
+    "paddings for other parts": (
+        {"padding": [((1, 1), (1, 1))] * 3},
+        ValueError,
+        ["padding", "each of the 2 kernels", "for 3"],
+    ),
+    "dilations for other parts": (
+        {"rhs_dilation": [(1, 1)]},
+        ValueError,
+        ["rhs_dilation", "each of the 2 kernels", "for 1"],
+    ),
+    "an unknown padding": ({"padding": "FULL"}, ValueError, ["padding", "'FULL'"]),
+    "an unknown implementation": ({"implementation": "fast"}, ValueError, ["'fast'", "known"]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_refused(name):
+    wrong, error, parts = WRONG[name]
+    good = {
+        "lhs": ones(2, 6, 5, 5),
+        "rhs": [ones(2, 1, 3, 3), ones(4, 1, 5, 5)],
+        "window_strides": (1, 1),
+        "padding": "SAME",
+        "group_sizes": (2, 4),
+    }
+    with pytest.raises(error) as caught:
+        grouped_conv_mixed(**{**good, **wrong})
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_paddings_of_each_part_can_make_the_results_equally_large():
+    lhs, rhs = ones(2, 6, 5, 5), [ones(2, 1, 3, 3), ones(4, 1, 5, 5)]
+    each = [((1, 1), (1, 1)), ((2, 2), (2, 2))]
+    out = grouped_conv_mixed(lhs, rhs, (2, 2), each, group_sizes=(2, 4))
+    assert out.shape == (2, 6, 3, 3)
