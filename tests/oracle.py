@@ -112,7 +112,9 @@ def tolerance(dtype: Any, length: float, accumulator: Any = None) -> tuple[float
     # Floats of 16 and of 8 bits are multiplied and added up in 32 bits.
     single = np.dtype(np.float32)
     eps = _eps(accumulator or (single if dtype.itemsize < 4 else dtype))
-    return 4 * eps * max(length, 1), _eps(dtype)
+    # Near zero the steps of 8-bit floats are coarse.
+    step = float(ml_dtypes.finfo(dtype).smallest_subnormal)
+    return 4 * eps * max(length, 1) + step, _eps(dtype)
 
 
 def lengths(
