@@ -1,6 +1,8 @@
-"""The Flax layers are Flax's own Conv: the same parameters, the same outputs and gradients."""
+"""`GroupedConv` is Flax's own Conv: the same parameters, the same outputs and gradients.
 
-import copy
+The other layers: `test_layers_*`.
+"""
+
 from typing import Any
 
 import jax
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from cases import random
 from flax import linen, nnx
+from flax_layers import assert_trees_close, outputs_and_gradients
 from jaxprs import convolutions
 
 import grouped_conv_jax
@@ -45,28 +48,6 @@ LAYERS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 
 each_layer = pytest.mark.parametrize(("arguments", "shape"), LAYERS.values(), ids=LAYERS)
 each_implementation = pytest.mark.parametrize("implementation", [None, "xla"])
-
-
-def assert_trees_close(actual: Any, expected: Any, computed: Any = None) -> None:
-    """Within what the dtype allows in which they have been computed."""
-
-    def close(a, e):
-        assert a.dtype == e.dtype
-        tolerance = (2 if computed else 64) * float(jnp.finfo(computed or a.dtype).eps)
-        np.testing.assert_allclose(
-            np.float64(a), np.float64(e), atol=tolerance * max(1.0, np.abs(np.float64(e)).max())
-        )
-
-    jax.tree.map(close, actual, expected)
-
-
-def outputs_and_gradients(apply, params, x):
-    def loss(params, x):
-        y = apply(params, x)
-        return jnp.sum(jnp.sin(y.astype(jnp.float32))), y
-
-    grads, y = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(params, x)
-    return y, grads
 
 
 @each_implementation
@@ -191,31 +172,3 @@ def test_a_convolution_of_ones_own_is_refused():
         layer.clone(implementation="vmap").init, jax.random.key(0), jnp.ones((1, 4, 4, 6))
     )
     assert equation.params["implementation"] == "vmap"
-
-
-def test_equal_layers_are_equal_static_data():
-    def make(implementation=None):
-        return grouped_conv_jax.nnx.GroupedConv(
-            6, 6, (3, 3), feature_group_count=2, implementation=implementation, rngs=nnx.Rngs(0)
-        )
-
-    layer = make()
-    for same in (make(), copy.deepcopy(layer)):
-        assert nnx.graphdef(layer) == nnx.graphdef(same)
-        assert hash(nnx.graphdef(layer)) == hash(nnx.graphdef(same))
-    assert nnx.graphdef(layer) != nnx.graphdef(make("xla"))
-
-
-def test_linen_partitioning_metadata_is_kept():
-    layer = grouped_conv_jax.linen.GroupedConv(
-        12,
-        (3, 3),
-        feature_group_count=2,
-        kernel_init=linen.with_partitioning(
-            linen.initializers.lecun_normal(), (None, None, None, "group")
-        ),
-    )
-    variables = layer.init(jax.random.key(0), jnp.ones((1, 4, 4, 6)))
-    specs = linen.get_partition_spec(variables)
-    assert specs["params"]["kernel"] == jax.sharding.PartitionSpec(None, None, None, "group")
-    assert jax.eval_shape(layer.apply, variables, jnp.ones((1, 4, 4, 6))).shape == (1, 4, 4, 12)

@@ -1,0 +1,88 @@
+"""The convolution as a layer takes it, and the features that it may have."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from grouped_conv_jax import arguments
+from grouped_conv_jax.algorithms import check_name
+from grouped_conv_jax.conv import grouped_conv
+from grouped_conv_jax.layers.window import Window
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution:
+    """`grouped_conv` with its `implementation` settled, equal and hashable by value.
+
+    A layer keeps it as static data; a closure in its place would differ from layer to layer, and
+    jit would compile equal layers again.
+    """
+
+    implementation: str | None = None
+
+    def __post_init__(self):
+        check_name(self.implementation)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
+        return grouped_conv(*args, **kwargs, implementation=self.implementation)
+
+
+def check_no_other_convolution(layer: str, **functions: Any) -> None:
+    """Raises TypeError if the layer was given a convolution to use in place of this library's."""
+    for name, function in functions.items():
+        if function is not None and not isinstance(function, Convolution):
+            raise TypeError(
+                f"{layer} convolves with grouped_conv and takes no {name}; Flax's own Conv "
+                "takes one"
+            )
+
+
+def check_takes_no(layer: str, reason: str, given: Any, *names: str) -> None:
+    """Raises TypeError for arguments of Flax's layer that have one value only in this one."""
+    for name in names:
+        if name in given:
+            raise TypeError(f"{layer} takes no {name}: {reason}")
+
+
+def check_features(in_features: int, out_features: int, feature_group_count: Any) -> int:
+    """The number of groups, which divides both.
+
+    Raises:
+      ValueError, TypeError: it does not.
+    """
+    groups = arguments.group_count("feature_group_count", feature_group_count)
+    arguments.check_divides("feature_group_count", groups, "the input features", in_features)
+    arguments.check_divides("feature_group_count", groups, "the output features", out_features)
+    return groups
+
+
+def multiplied(features: int, channel_multiplier: Any) -> int:
+    """The features of a depthwise layer's output."""
+    return features * arguments.group_count("channel_multiplier", channel_multiplier)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grouped:
+    """What a layer computes of its inputs, (N, *spatial, features), and its kernel."""
+
+    window: Window
+    feature_group_count: int
+    precision: Any = None
+    preferred_element_type: Any = None
+    implementation: str | None = None
+
+    def __call__(self, inputs: jax.Array, kernel: jax.Array) -> jax.Array:
+        return grouped_conv(
+            inputs,
+            kernel,
+            self.window.strides,
+            self.window.padding,
+            self.window.input_dilation,
+            self.window.kernel_dilation,
+            self.window.dimension_numbers,
+            self.feature_group_count,
+            precision=self.precision,
+            preferred_element_type=self.preferred_element_type,
+            implementation=self.implementation,
+        )

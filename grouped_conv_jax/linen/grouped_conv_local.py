@@ -1,0 +1,63 @@
+"""`GroupedConvLocal`: a kernel of its own at each position."""
+
+import dataclasses
+
+import jax
+from flax import linen
+
+from grouped_conv_jax.layers.calling import batch_shape
+from grouped_conv_jax.layers.convolution import check_no_other_convolution
+from grouped_conv_jax.layers.local import local_of
+from grouped_conv_jax.layers.window import LayerPadding
+from grouped_conv_jax.linen.parameters import call
+
+
+class GroupedConvLocal(linen.ConvLocal):
+    """`flax.linen.ConvLocal` in groups, on `grouped_conv_local`: nothing is shared.
+
+    Inputs are channels-last, (*batch, *spatial, in_features). With K taps the kernel is
+    (*output_size, in_features // feature_group_count * K, features), the taps of each input
+    together, and the bias (*output_size, features). With one group it is Flax's, and has the same
+    initial values.
+
+    Flax's initialisers take all but the last two dimensions for taps, so fan-in is too large by the
+    number of positions. The default is Flax's all the same; what gives outputs the variance of the
+    inputs is `linen.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=(0,
+    1))` in two dimensions.
+
+    Attributes are those of `flax.linen.ConvLocal`, of which `feature_group_count` is required and
+    `padding` takes all that `grouped_conv` takes.
+
+    Raises:
+      ValueError, TypeError: when called, if an attribute is wrong; the message says which and how
+        to mend it.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from grouped_conv_jax.linen import GroupedConvLocal
+      >>> layer = GroupedConvLocal(12, (3, 3), feature_group_count=4)
+      >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.ones((1, 5, 5, 8)))
+      >>> variables["params"]["kernel"].shape, y.shape
+      ((5, 5, 18, 12), (1, 5, 5, 12))
+    """
+
+    padding: LayerPadding = "SAME"
+    feature_group_count: int = dataclasses.field(kw_only=True)
+
+    def __post_init__(self):
+        check_no_other_convolution(
+            type(self).__name__,
+            conv_general_dilated=self.conv_general_dilated,
+            conv_general_dilated_cls=self.conv_general_dilated_cls,
+        )
+        super().__post_init__()
+
+    @linen.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Convolves `inputs`, (*batch, *spatial, in_features)."""
+        operation = local_of(self)
+        rank = operation.window.rank
+        positions = operation.positions(inputs.shape[len(batch_shape(inputs, rank)) : -1])
+        shape = operation.kernel_shape(positions, inputs.shape[-1], self.features)
+        made = call(self, inputs, rank, shape, (*positions, self.features))
+        return made.finished(operation(made.inputs, made.kernel, self.precision))

@@ -1,0 +1,212 @@
+"""What layers refuse, and when; and what their initial values are."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from flax.errors import FlaxError
+from flax_layers import FEATURES, IN_FEATURES, Layer
+
+import grouped_conv_jax.linen
+import grouped_conv_jax.nnx
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+ALL = (
+    "GroupedConv",
+    "DepthwiseConv",
+    "SeparableConv",
+    "GroupedConvTranspose",
+    "GroupedConvLocal",
+    "CausalConv",
+)
+WINDOWS = ALL[:-1]
+GROUPED = ("GroupedConv", "GroupedConvTranspose", "GroupedConvLocal", "CausalConv")
+
+# For which layers, with what, which error, and what it says.
+WRONG: dict[str, tuple[tuple[str, ...], dict[str, Any], type[Exception], str]] = {
+    "no taps": (ALL, dict(kernel_size=0), ValueError, r"kernel_size must be at least 1, got \(0,"),
+    "taps as a float": (ALL, dict(kernel_size=(3.0,)), TypeError, r"kernel_size.*integers.*3\.0"),
+    "a stride of 0": (
+        WINDOWS,
+        dict(strides=0),
+        ValueError,
+        r"strides must be at least 1.*\(0, 0\)",
+    ),
+    "too many strides": (WINDOWS, dict(strides=(1, 1, 1)), ValueError, "strides.* 2 .*got 3"),
+    "dilations": (WINDOWS, dict(kernel_dilation=(1,)), ValueError, "kernel_dilation.* 2 .*got 1"),
+    "an unknown padding": (WINDOWS, dict(padding="FULL"), ValueError, "'FULL'; known: SAME, "),
+    "one unknown padding": (WINDOWS, dict(padding=("SAME", "FULL")), ValueError, "'FULL'; known: "),
+    "too few paddings": (WINDOWS, dict(padding=[1]), ValueError, "padding.* 2 .*got 1"),
+    "no padding": (WINDOWS, dict(padding=None), TypeError, "padding.*None"),
+    "three to a pair": (WINDOWS, dict(padding=[(1, 1, 1), 1]), ValueError, r"pairs.*\(1, 1, 1\)"),
+    "groups": (GROUPED, dict(feature_group_count=4), ValueError, r"=4 does not divide .*\(6\)"),
+    "groups as a float": (GROUPED, dict(feature_group_count=3.0), TypeError, r"got 3\.0"),
+    "groups as a boolean": (GROUPED, dict(feature_group_count=True), TypeError, "boolean True"),
+    "no groups": (GROUPED, dict(feature_group_count=0), ValueError, "at least 1, got 0"),
+    "an implementation": (
+        tuple(name for name in ALL if name != "GroupedConvLocal"),
+        dict(implementation="fast"),
+        ValueError,
+        "unknown implementation 'fast'",
+    ),
+    "a multiplier of 0": (
+        ("DepthwiseConv", "SeparableConv"),
+        dict(channel_multiplier=0),
+        ValueError,
+        "channel_multiplier must be at least 1, got 0",
+    ),
+    "a multiplier as a float": (
+        ("DepthwiseConv", "SeparableConv"),
+        dict(channel_multiplier=1.0),
+        TypeError,
+        r"channel_multiplier.*1\.0",
+    ),
+    "an output padding": (
+        ("GroupedConvTranspose",),
+        dict(output_padding=(1, -1)),
+        ValueError,
+        r"output_padding must be at least 0, got \(1, -1\)",
+    ),
+    "lower, transposed": (
+        ("GroupedConvTranspose",),
+        dict(padding="SAME_LOWER"),
+        ValueError,
+        "'SAME_LOWER'; known: ",
+    ),
+    "two times": (("CausalConv",), dict(kernel_size=(3, 3)), ValueError, "one spatial dimension"),
+}
+
+
+def layer_of(name: str, settings: dict[str, Any]) -> Layer:
+    right: dict[str, Any] = dict(kernel_size=3 if name == "CausalConv" else (3, 2))
+    if name in ("GroupedConv", "GroupedConvTranspose", "GroupedConvLocal"):
+        right["feature_group_count"] = 3
+    if isinstance(settings.get("kernel_size"), int) and name != "CausalConv":
+        settings = {**settings, "kernel_size": (settings["kernel_size"], 2)}
+    return Layer(name, {**right, **settings}, (4,) if name == "CausalConv" else (4, 5))
+
+
+@pytest.mark.parametrize(("names", "settings", "error", "message"), WRONG.values(), ids=WRONG)
+def test_what_is_wrong_is_refused_when_the_layer_is_made_or_called(names, settings, error, message):
+    for name in names:
+        layer = layer_of(name, settings)
+        with pytest.raises(error, match=message):
+            layer.nnx()
+        with pytest.raises(error, match=message):
+            layer.linen().init(jax.random.key(0), layer.inputs(1))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_inputs_of_too_few_dimensions_or_other_features_are_refused(name):
+    layer = layer_of(name, {})
+    made, of_linen, x = layer.nnx(), layer.linen(), layer.inputs()
+    variables = jax.eval_shape(of_linen.init, jax.random.key(0), x)
+    few, more = jnp.ones(IN_FEATURES), jnp.ones((*layer.spatial, IN_FEATURES * 3))
+    rank = len(layer.spatial)
+    with pytest.raises(ValueError, match=rf"{rank} spatial dimensions.*got shape \(6,\)"):
+        jax.eval_shape(made, few)
+    with pytest.raises(ValueError, match=rf"{rank} spatial dimensions.*got shape \(6,\)"):
+        jax.eval_shape(of_linen.init, jax.random.key(0), few)
+    with pytest.raises(ValueError, match=r"in_features=6 .*got shape .*18\)"):
+        jax.eval_shape(made, more)
+    with pytest.raises((ValueError, FlaxError)):
+        jax.eval_shape(of_linen.apply, variables, more)
+
+
+def test_a_local_layer_knows_the_size_of_its_inputs():
+    layer = Layer("GroupedConvLocal", dict(kernel_size=(3, 2), feature_group_count=3), (4, 5))
+    assert layer.nnx(input_size=4).input_size == (4, 4)
+    with pytest.raises(ValueError, match=r"spatial shape \(4, 5\).*got \(5, 5\)"):
+        layer.nnx()(jnp.ones((2, 5, 5, 6)))
+    with pytest.raises(ValueError, match=r"input_size.* 2 .*got 3"):
+        layer.nnx(input_size=(4, 5, 6))
+
+
+def test_arguments_that_a_layer_has_settled_are_refused():
+    make = grouped_conv_jax.nnx
+    with pytest.raises(TypeError, match="DepthwiseConv takes no feature_group_count"):
+        make.DepthwiseConv(6, 3, feature_group_count=2, rngs=nnx.Rngs(0))
+    for name in ("strides", "padding", "input_dilation"):
+        given: dict[str, Any] = {name: 1}
+        with pytest.raises(TypeError, match=f"CausalConv takes no {name}"):
+            make.CausalConv(6, 6, 3, rngs=nnx.Rngs(0), **given)
+    other: Any = jax.lax.conv_general_dilated
+    with pytest.raises(TypeError, match=r"DepthwiseConv .* takes no conv_general_dilated"):
+        make.DepthwiseConv(6, 3, conv_general_dilated=other, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match=r"GroupedConvLocal .* takes no conv_general_dilated"):
+        grouped_conv_jax.linen.GroupedConvLocal(
+            6, 3, feature_group_count=1, conv_general_dilated=other
+        )
+    for name in ("GroupedConvTranspose", "GroupedConvLocal"):
+        with pytest.raises(TypeError, match="feature_group_count"):
+            getattr(grouped_conv_jax.linen, name)(12, (3, 3))
+        with pytest.raises(TypeError, match="feature_group_count"):
+            getattr(make, name)(6, 12, (3, 3), input_size=4, rngs=nnx.Rngs(0))
+
+
+def lecun(**axes: Any) -> Any:
+    return nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", **axes)
+
+
+@pytest.mark.parametrize(
+    ("made", "fan_in"),
+    [
+        # The docstrings say so. 64 inputs, 96 outputs, 3 x 2 taps.
+        (("GroupedConv", dict(feature_group_count=4)), 6 * 16),
+        (("DepthwiseConv", dict(channel_multiplier=8)), 6),
+        (("GroupedConvTranspose", dict(feature_group_count=4)), 6 * 16),
+        (("GroupedConvTranspose", dict(feature_group_count=4, transpose_kernel=True)), 6 * 24),
+        (
+            (
+                "GroupedConvTranspose",
+                dict(
+                    feature_group_count=4,
+                    transpose_kernel=True,
+                    kernel_init=nnx.initializers.variance_scaling(
+                        4, "fan_in", "truncated_normal", in_axis=-1, out_axis=-2
+                    ),
+                ),
+            ),
+            6 * 16,
+        ),
+        (("GroupedConvLocal", dict(feature_group_count=4, input_size=(2, 3))), 6 * 6 * 16),
+        (
+            (
+                "GroupedConvLocal",
+                dict(
+                    feature_group_count=4, input_size=(2, 3), kernel_init=lecun(batch_axis=(0, 1))
+                ),
+            ),
+            6 * 16,
+        ),
+    ],
+)
+def test_fan_in(made, fan_in):
+    name, settings = made
+    features = (64,) if name == "DepthwiseConv" else (64, 96)
+    layer = getattr(grouped_conv_jax.nnx, name)(*features, (3, 2), rngs=nnx.Rngs(0), **settings)
+    kernel = np.asarray(layer.kernel[...])
+    assert kernel.size > 3000
+    assert math.isclose(kernel.std(), fan_in**-0.5, rel_tol=0.06)
+
+
+def test_fan_in_of_the_layers_inside():
+    layer = grouped_conv_jax.nnx.SeparableConv(
+        64, 96, (3, 2), channel_multiplier=8, rngs=nnx.Rngs(0)
+    )
+    assert math.isclose(np.std(layer.depthwise.kernel[...]), 6**-0.5, rel_tol=0.06)
+    assert math.isclose(np.std(layer.pointwise.kernel[...]), 512**-0.5, rel_tol=0.06)
+
+
+def test_features_of_the_outputs():
+    assert (
+        grouped_conv_jax.nnx.DepthwiseConv(
+            6, 3, channel_multiplier=2, rngs=nnx.Rngs(0)
+        ).out_features
+        == FEATURES
+    )
