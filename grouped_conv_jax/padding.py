@@ -209,6 +209,13 @@ class Extension:
 
     def _extended(self, x: jax.Array) -> jax.Array:
         for dimension, mode, before, after in self.sides:
+            size = x.shape[dimension]
+            if mode == "CIRCULAR" and not isinstance(size, int):
+                # jax.numpy asks how often it goes round, which a symbolic size does not tell.
+                last = lax.slice_in_dim(x, size - before, size, axis=dimension)
+                first = lax.slice_in_dim(x, 0, after, axis=dimension)
+                x = jnp.concatenate([last, x, first], dimension)
+                continue
             widths: list[tuple[Any, Any]] = [(0, 0)] * x.ndim
             widths[dimension] = before, after
             x = jnp.pad(x, widths, mode=MODES[mode])

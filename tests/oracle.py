@@ -240,7 +240,7 @@ def _part(size: int, index: int, parts: int) -> slice:
     return slice(size // parts * index, size // parts * (index + 1))
 
 
-def _along(axis: int, index: np.ndarray) -> tuple:
+def _along(axis: int, index: Any) -> tuple:
     return (*(slice(None),) * axis, index)
 
 
@@ -267,10 +267,10 @@ def _padding(
     entries = [padding] * len(sizes) if isinstance(padding, str) else list(padding)
     found = []
     for entry, size, window, stride in zip(entries, sizes, windows, strides, strict=True):
-        if not isinstance(entry, str) and not isinstance(entry[0], str):
-            found.append((*entry, None))
-            continue
         name, amounts = (entry, None) if isinstance(entry, str) else entry
+        if not isinstance(name, str):
+            found.append((name, amounts, None))
+            continue
         name = name.upper()
         total = max(0, (math.ceil(size / stride) - 1) * stride + window - size)
         own = {

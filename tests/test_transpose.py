@@ -61,11 +61,11 @@ PADDINGS = ["SAME", "VALID", [(3, 1), (0, 2)], [(-1, 2), (1, -1)]]
 @pytest.mark.parametrize("transpose_kernel", [False, True])
 @pytest.mark.parametrize("padding", PADDINGS, ids=str)
 def test_with_one_group_it_is_that_of_lax(padding, transpose_kernel):
-    x = random("x", (2, 5, 4, 3), np.float32)
+    x = jnp.asarray(random("x", (2, 5, 4, 3), np.float32))
     for strides, taps, dilation in itertools.product(
         [(1, 1), (2, 3)], [(3, 2), (1, 4)], [(1, 1), (2, 1)]
     ):
-        w = random("w", (*taps, 3, 3), np.float32)
+        w = jnp.asarray(random("w", (*taps, 3, 3), np.float32))
         arguments = (x, w, strides, padding, dilation)
         ours = grouped_conv_transpose(*arguments, transpose_kernel=transpose_kernel)
         theirs = lax.conv_transpose(*arguments, transpose_kernel=transpose_kernel)
@@ -74,18 +74,17 @@ def test_with_one_group_it_is_that_of_lax(padding, transpose_kernel):
 
 @pytest.mark.parametrize("rank", [0, 1, 2, 3])
 def test_the_layouts_are_those_of_lax(rank):
-    x, w = (
-        random("x", (2, *range(3, 3 + rank), 2), np.float32),
-        random("w", (*range(1, 1 + rank), 2, 3), np.float32),
-    )
+    x = jnp.asarray(random("x", (2, *range(3, 3 + rank), 2), np.float32))
+    w = jnp.asarray(random("w", (*range(1, 1 + rank), 2, 3), np.float32))
     ours = grouped_conv_transpose(x, w, (2,) * rank, "SAME")
     np.testing.assert_allclose(ours, lax.conv_transpose(x, w, (2,) * rank, "SAME"), 1e-5, 1e-5)
 
 
 def test_it_is_the_gradient_of_the_convolution_with_the_same_kernel():
     w, y = random("w", (6, 2, 3, 2), np.float32), random("y", (2, 6, 4, 3), np.float32)
-    shape, arguments = (2, 4, 9, 6), {"feature_group_count": 2}
-    gradient = grouped_conv_input_grad(shape, w, y, (2, 2), [(0, 1), (1, 0)], **arguments)
+    gradient = grouped_conv_input_grad(
+        (2, 4, 9, 6), w, y, (2, 2), [(0, 1), (1, 0)], feature_group_count=2
+    )
     transposed = grouped_conv_transpose(
         y,
         w,
@@ -94,7 +93,7 @@ def test_it_is_the_gradient_of_the_convolution_with_the_same_kernel():
         dimension_numbers=("NCHW", "OIHW", "NCHW"),
         transpose_kernel=True,
         output_padding=(1, 1),
-        **arguments,
+        feature_group_count=2,
     )
     np.testing.assert_array_equal(gradient, transposed)
 

@@ -85,10 +85,10 @@ def _pairs(
     entries = [padding] * len(windows) if isinstance(padding, str) else padding
     found = []
     for entry, window, stride in zip(entries, windows, strides, strict=True):
-        if not isinstance(entry, str) and not isinstance(entry[0], str):
-            found.append((*entry, None))
-            continue
         name, amounts = (entry, None) if isinstance(entry, str) else entry
+        if not isinstance(name, str):
+            found.append((name, amounts, None))
+            continue
         total = window - 1 + stride - 1
         same = window - 1 if stride >= window else (total + 1) // 2
         low, high = {
