@@ -5,9 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import Case, any_implementation, named
+from cases import Case, any_implementation, named, random
 from jax import export
 from test_values import assert_matches_the_oracle, value_and_gradients
+
+from grouped_conv_jax import (
+    channel_shuffle,
+    grouped_conv,
+    grouped_conv_input_grad,
+    grouped_conv_kernel_grad,
+    grouped_conv_local,
+    grouped_conv_mixed,
+    grouped_conv_patches,
+    grouped_conv_transpose,
+    streaming_conv,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -140,3 +152,78 @@ def test_there_is_a_lowering_for_each_platform(platform, implementation):
     program = export.export(compute, platforms=(platform,))(*case.random())
     if implementation == "xla" or (implementation is None and platform != "cpu"):
         assert program.mlir_module().count("stablehlo.convolution") == 3
+
+
+# The relatives of the convolution, each with its gradients.
+
+NHWC_AND_GROUPS = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "feature_group_count": 2}
+X, W = random("x", (2, 5, 4, 4), np.float32), random("w", (3, 2, 2, 6), np.float32)
+OPERATIONS = {
+    "padded otherwise": (
+        lambda x, w: grouped_conv(x, w, (1, 2), ["CIRCULAR", "REFLECT"], **NHWC_AND_GROUPS),
+        (X, W),
+    ),
+    "transposed": (
+        lambda x, w: grouped_conv_transpose(x, w, (2, 1), "SAME", **NHWC_AND_GROUPS),
+        (X, W),
+    ),
+    "input's gradient": (
+        lambda y, w: grouped_conv_input_grad(
+            (y.shape[0], 5, 4, 4), w, y, (1, 1), "SAME", **NHWC_AND_GROUPS
+        ),
+        (random("y", (2, 5, 4, 6), np.float32), W),
+    ),
+    "kernel's gradient": (
+        lambda x, y: grouped_conv_kernel_grad(x, W.shape, y, (1, 1), "SAME", **NHWC_AND_GROUPS),
+        (X, random("y", (2, 5, 4, 6), np.float32)),
+    ),
+    "patches": (
+        lambda x: grouped_conv_patches(
+            x, (3, 2), (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        ),
+        (X,),
+    ),
+    "local": (
+        lambda x, w: grouped_conv_local(x, w, (1, 1), "VALID", (3, 2), **NHWC_AND_GROUPS),
+        (X, random("local", (3, 3, 12, 6), np.float32)),
+    ),
+    "mixed": (
+        lambda x, w, v: grouped_conv_mixed(
+            x, (w, v), (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        ),
+        (X, random("w", (3, 3, 1, 2), np.float32), random("v", (5, 5, 2, 2), np.float32)),
+    ),
+    "streaming": (
+        lambda x, w: streaming_conv(x, w, feature_group_count=4),
+        (random("x", (2, 7, 4), np.float32), random("w", (3, 1, 4), np.float32)),
+    ),
+    "shuffled": (lambda x: channel_shuffle(x, 2), (X,)),
+}
+
+
+def with_gradients(operation):
+    def loss(*arrays):
+        leaves = jax.tree.leaves(operation(*arrays))
+        return sum(jnp.sum(jnp.sin(leaf)) for leaf in leaves), leaves
+
+    return lambda *arrays: jax.value_and_grad(loss, range(len(arrays)), has_aux=True)(*arrays)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_operation_is_exported_and_compiled_ahead(name):
+    pytest.importorskip("flatbuffers")
+    operation, arrays = OPERATIONS[name]
+    compute = jax.jit(with_gradients(operation))
+    (b,) = export.symbolic_shape("b")
+    batched = 2 if name == "kernel's gradient" else 1
+    shapes = [
+        jax.ShapeDtypeStruct((b, *x.shape[1:]) if i < batched else x.shape, x.dtype)
+        for i, x in enumerate(arrays)
+    ]
+    program = export.export(compute, platforms=("cpu", "cuda", "tpu"))(*shapes)
+    loaded = export.deserialize(program.serialize())
+    ahead = compute.lower(*arrays).compile()
+    expected = compute(*arrays)
+    for actual in (loaded.call(*arrays), ahead(*arrays)):
+        for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, e, 1e-4, 1e-4)
