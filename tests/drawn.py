@@ -239,7 +239,7 @@ def convolutions(draw: Any, is_transposed: bool = False) -> Convolution:
         lhs=tuple(lhs[letter] for letter in names[0]),
         rhs=tuple(rhs[letter] for letter in names[1]),
         arguments=arguments,
-        dtype=draw(st.sampled_from(DTYPES)),
+        dtype=draw(dtypes(lhs_dilation + strides, rhs_dilation)),
         implementation=draw(st.sampled_from(IMPLEMENTATIONS)),
         taken=taken,
         pairs=tuple(pairs),
@@ -256,6 +256,14 @@ def spatial(draw: Any, rank: int, is_transposed: bool) -> list[tuple[int, ...]]:
         # Then there may be strings of padding.
         drawn[3] = (1,) * rank
     return drawn
+
+
+def dtypes(strides: Sequence[int], rhs_dilation: Sequence[int]) -> Any:
+    """XLA:CPU ends the process when it compiles the input's gradient of some convolutions with both
+    strides and a dilation, of 64 bits, lax's own as well.
+    """
+    is_fatal = max(strides, default=1) > 1 and max(rhs_dilation, default=1) > 1
+    return st.sampled_from([d for d in DTYPES if not (is_fatal and d == "float64")])
 
 
 @st.composite
