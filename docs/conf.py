@@ -9,11 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sphinx.util import logging
 from sphinx.util.inspect import stringify_signature
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from grouped_conv_jax import __version__
+
+logger = logging.getLogger(__name__)
 
 project = "grouped_conv_jax"
 release = version = __version__
@@ -49,6 +52,23 @@ nitpick_ignore_regex = [
 ]
 
 
+# How Python prints what stands in signatures, and what one writes for it.
+_readable = (
+    (r"<function variance_scaling\.<locals>\.init>", "lecun_normal()"),
+    (r", parent=<flax\.linen\.module\._Sentinel object>", ""),  # Flax passes it on by itself.
+    (r"<function (\w+)>", r"\1"),
+    (r"<class '([\w.]+)'>", r"\1"),
+    (r"\bjax\._src\.mesh\.", "jax.sharding."),
+    (r"\bflax\.nnx\.(?:rnglib|module)\.", "flax.nnx."),
+)
+
+
+def readable(text: str) -> str:
+    for printed, written in _readable:
+        text = re.sub(printed, written, text)
+    return text
+
+
 def as_sphinx_reads_it(
     app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]
 ) -> None:
@@ -62,21 +82,29 @@ def as_sphinx_reads_it(
             parts = line.split("`")
             parts[::2] = [re.sub(r"(?<![\w*\\])\*(?=\w)", r"\\*", part) for part in parts[::2]]
             lines[number] = re.sub(r"(^ *|: )([A-Z])\. ", r"\1\2\\. ", "`".join(parts))
+        if line.lstrip().startswith(":type:"):
+            lines[number] = readable(line)
 
 
-def signature_of_init(
+def signature_as_written(
     app: Any, what: str, name: str, obj: Any, options: Any, args: str | None, returns: str | None
 ) -> tuple[str | None, str | None]:
-    """Of a class of Flax nnx, whose metaclass takes everything."""
-    if what != "class" or args is None or not args.startswith("(*args"):
+    """With defaults that can be read; of a class of Flax nnx that of what makes it."""
+    if args is None:
         return args, returns
-    signature = inspect.signature(obj.__init__)
-    own = [p for p in signature.parameters.values() if p.name != "self"]
-    signature = signature.replace(parameters=own)
-    return stringify_signature(signature, show_annotation=False), None
+    # Its metaclass takes everything.
+    if what == "class" and args.startswith("(*args"):
+        signature = inspect.signature(obj.__init__)
+        own = [p for p in signature.parameters.values() if p.name != "self"]
+        signature = signature.replace(parameters=own)
+        args, returns = stringify_signature(signature, show_annotation=False), None
+    args = readable(args)
+    if "<" in args:
+        logger.warning("%s has a default that nobody can read: %s", name, args)
+    return args, returns
 
 
 def setup(app: Any) -> None:
     """Called by Sphinx."""
     app.connect("autodoc-process-docstring", as_sphinx_reads_it)
-    app.connect("autodoc-process-signature", signature_of_init)
+    app.connect("autodoc-process-signature", signature_as_written)

@@ -29,7 +29,11 @@ from grouped_conv_jax.tuning import Tuning
 from grouped_conv_jax.version import __version__
 
 if TYPE_CHECKING:
-    from grouped_conv_jax import linen, models, nnx, towers
+    from grouped_conv_jax import linen as linen
+    from grouped_conv_jax import models, towers
+    from grouped_conv_jax import nnx as nnx
+
+# Not linen and nnx, which are Flax's own names as well: `import *` is not to replace them.
 
 __all__ = [
     "Explanation",
@@ -49,9 +53,7 @@ __all__ = [
     "grouped_conv_patches",
     "grouped_conv_transpose",
     "implementations",
-    "linen",
     "models",
-    "nnx",
     "streaming_conv",
     "streaming_conv_state",
     "towers",
@@ -67,4 +69,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, "linen", "nnx"])

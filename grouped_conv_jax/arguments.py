@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import ShapedArray
@@ -18,15 +19,29 @@ from jax.sharding import AbstractMesh
 
 
 def group_count(name: str, value: Any) -> int:
-    """A positive integer. Booleans and floats are refused: True == 1 and 2.0 == 2 would share
-    compiled programs with the integers that they equal.
-    """
-    if isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name} must be an integer, got the boolean {value}")
-    count = integer(name, value)
+    """A positive integer. Floats are refused: 2.0 == 2 would share compiled programs with it."""
+    count = integer(name, value, "an integer")
     if count < 1:
         raise ValueError(f"{name} must be at least 1, got {count}")
     return count
+
+
+def flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
+def element_type(value: Any) -> np.dtype | None:
+    """Of preferred_element_type."""
+    if value is None:
+        return None
+    try:
+        return jnp.dtype(value)
+    except Exception:  # NumPy raises whatever comes of reading a string as a dtype.
+        raise TypeError(
+            f"preferred_element_type must be a dtype such as jnp.float32, got {value!r}"
+        ) from None
 
 
 def precision(value: Any) -> Any:
@@ -51,17 +66,22 @@ def array_type(name: str, value: Any) -> Any:
     """The type of an array, traced or not; a type is its own."""
     try:
         aval = value if isinstance(value, ShapedArray) else jax.typeof(value)
-    except TypeError:
+    except (TypeError, OverflowError):
         aval = None
     if not isinstance(aval, ShapedArray):
-        raise TypeError(
-            f"{name} must be an array, got {type(value).__name__}; convert it with jnp.asarray"
-        )
+        kind = type(value)
+        is_of_torch = kind.__module__.startswith("torch")
+        mend = f"{name}.detach().numpy()" if is_of_torch else "jnp.asarray"
+        raise TypeError(f"{name} must be an array, got {kind.__name__}; convert it with {mend}")
     return aval
 
 
 def shape(name: str, value: Any) -> tuple[Any, ...]:
-    if not isinstance(value, Iterable) or isinstance(value, str):
+    if hasattr(value, "shape") and jnp.ndim(value) != 1:
+        raise TypeError(
+            f"{name} must be a shape, got an array of shape {tuple(value.shape)}; pass its .shape"
+        )
+    if not isinstance(value, Iterable) or isinstance(value, str | bytes):
         raise TypeError(f"{name} must be a sequence of integers, got {value!r}")
     sizes = tuple(integer(name, size) for size in value)
     if any(isinstance(size, int) and size < 0 for size in sizes):
@@ -97,11 +117,14 @@ def layout(lhs_shape: Sequence[int], rhs_shape: Sequence[int], dimension_numbers
 
 
 def check_divides(name: str, count: int, what: str, size: int) -> None:
-    if size % count == 0:
-        return
+    if size % count:
+        raise ValueError(does_not_divide(name, count, what, size))
+
+
+def does_not_divide(name: str, count: int, what: str, size: int) -> str:
     divisors = [d for d in range(1, size + 1) if size % d == 0]
     listed = ", ".join(map(str, divisors[:16])) + (", ..." if len(divisors) > 16 else "")
-    raise ValueError(f"{name}={count} does not divide {what} ({size}); divisors: {listed}")
+    return f"{name}={count} does not divide {what} ({size}); divisors: {listed}"
 
 
 def result_in_lax(
@@ -124,23 +147,53 @@ def _result_in_lax(lhs_shape, rhs_shape, dtype, x64, **arguments) -> jax.ShapeDt
         return jax.eval_shape(functools.partial(lax.conv_general_dilated, **arguments), *operands)
 
 
+def windows(rhs_shape: Sequence[Any], numbers: Any, dilation: Sequence[int]) -> list[Any]:
+    """The spatial sizes of a kernel with its gaps filled."""
+    taps = (rhs_shape[d] for d in numbers.rhs_spec[2:])
+    return [1 + step * (size - 1) for size, step in zip(taps, dilation, strict=True)]
+
+
 def check_groups(lhs_shape: Any, rhs_shape: Any, numbers: Any, groups: int) -> None:
+    """Raises ValueError unless the groups divide lhs and rhs, and these fit each other."""
+    if (wrong := _misfit(lhs_shape, rhs_shape, numbers, groups)) is not None:
+        raise ValueError(wrong + _layout_that_fits(lhs_shape, rhs_shape, groups))
+    check_taps(rhs_shape, numbers)
+
+
+def _misfit(lhs_shape: Any, rhs_shape: Any, numbers: Any, groups: int) -> str | None:
     inputs = lhs_shape[numbers.lhs_spec[1]]
     outputs, depth = (rhs_shape[d] for d in numbers.rhs_spec[:2])
-    check_divides("feature_group_count", groups, "the features of lhs", inputs)
-    check_divides("feature_group_count", groups, "the output features of rhs", outputs)
-    if depth != inputs // groups:
-        fits = depth > 0 and inputs % depth == 0 and outputs % (inputs // depth) == 0
-        mend = (
-            f"feature_group_count={inputs // depth} would fit"
-            if fits
-            else f"a kernel for {inputs // groups} input features would fit"
-        )
-        raise ValueError(
-            f"rhs takes {depth} input features per group, but lhs has {inputs} features in "
-            f"feature_group_count={groups}, {inputs // groups} each; {mend}"
-        )
-    check_taps(rhs_shape, numbers)
+    name = "feature_group_count"
+    if inputs % groups:
+        return does_not_divide(name, groups, "the features of lhs", inputs)
+    if outputs % groups:
+        return does_not_divide(name, groups, "the output features of rhs", outputs)
+    if depth == inputs // groups:
+        return None
+    fits = depth > 0 and inputs % depth == 0 and outputs % (inputs // depth) == 0
+    mend = (
+        f"feature_group_count={inputs // depth} would fit"
+        if fits
+        else f"a kernel for {inputs // groups} input features would fit"
+    )
+    return (
+        f"rhs takes {depth} input features per group, but lhs has {inputs} features in "
+        f"feature_group_count={groups}, {inputs // groups} each; {mend}"
+    )
+
+
+def _layout_that_fits(lhs_shape: Any, rhs_shape: Any, groups: int) -> str:
+    """What to add to the message where another of the usual layouts is what was meant."""
+    letters = {1: "W", 2: "HW", 3: "DHW"}.get(len(lhs_shape) - 2)
+    if letters is None or not all(isinstance(n, int) for n in (*lhs_shape, *rhs_shape)):
+        return ""
+    for arrays in (f"N{letters}C", f"NC{letters}"):
+        for kernel in (f"{letters}IO", f"OI{letters}"):
+            names = (arrays, kernel, arrays)
+            numbers = lax.conv_dimension_numbers(lhs_shape, rhs_shape, names)
+            if _misfit(lhs_shape, rhs_shape, numbers, groups) is None:
+                return f"; or is the layout another one? dimension_numbers={names} would fit"
+    return ""
 
 
 def check_taps(rhs_shape: Any, numbers: Any) -> None:
@@ -153,7 +206,7 @@ def integers(
 ) -> tuple[int, ...]:
     if values is None and default is not None:
         return (default,) * rank
-    if not isinstance(values, Iterable) or isinstance(values, str):
+    if not isinstance(values, Iterable) or isinstance(values, str | bytes):
         raise TypeError(
             f"{name} must be a sequence of integers, one for each spatial dimension, got {values!r}"
         )
@@ -168,10 +221,13 @@ def integers(
     return found
 
 
-def integer(name: str, value: Any) -> Any:
+def integer(name: str, value: Any, what: str = "made of integers") -> Any:
+    """An integer, or the symbol of one. Booleans are none: True == 1, also as a key of caches."""
+    if isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be {what}, got the boolean {value}")
     try:
         return operator.index(value)
     except TypeError:
         if jax.export.is_symbolic_dim(value):
             return value
-        raise TypeError(f"{name} must be made of integers, got {value!r}") from None
+        raise TypeError(f"{name} must be {what}, got {value!r}") from None

@@ -1,7 +1,8 @@
 """Meshes with Explicit axes, where shardings are part of types."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -13,16 +14,24 @@ from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec, Role
 
 Axes = tuple[str, ...]
 
+_Sharded = dict[Role, list[Axes]]
+"""The mesh axes of each dimension of the operands."""
+
+_Names = dict[Role, str]
+"""What the operation calls them."""
+
 
 def has_explicit_axes(mesh: Mesh | AbstractMesh) -> bool:
     return AxisType.Explicit in mesh.axis_types
 
 
-def untyped(function: Callable, out_sharding: NamedSharding) -> Callable:
+def untyped(function: Callable, out_sharding: NamedSharding | None) -> Callable:
     """`function` with shardings left to the compiler inside, and its result of a given sharding.
 
     Axes that are not Explicit, such as the Manual ones within `shard_map`, stay what they are.
     """
+    if out_sharding is None:
+        return function
     mesh = out_sharding.mesh
     explicit = tuple(
         name
@@ -42,9 +51,22 @@ def mesh_of(*operands: Any) -> AbstractMesh:
 
 
 def sharding_of_result(
-    contraction: Contraction, spec: ConvSpec, first: Any, second: Any, out_sharding: Any
+    contraction: Contraction,
+    spec: ConvSpec,
+    first: Any,
+    second: Any,
+    out_sharding: Any,
+    names: Mapping[Role, str] = MappingProxyType({}),
 ) -> NamedSharding | None:
     """That which was asked for, or follows from the types of the operands; None on an Auto mesh.
+
+    Args:
+      contraction: which one.
+      spec: of the convolution.
+      first: the type of the first operand.
+      second: the type of the second one.
+      out_sharding: that which was asked for, or None.
+      names: what the operation calls its arguments, where they are not "lhs" and "rhs".
 
     Raises:
       ValueError, TypeError: it does not follow; the message says what would mend it. Or what was
@@ -52,28 +74,39 @@ def sharding_of_result(
     """
     mesh = mesh_of(first, second)
     if out_sharding is not None:
-        return _canonical(out_sharding, spec.shape(RESULT[contraction]), mesh)
+        return canonical(out_sharding, spec.shape(RESULT[contraction]), mesh)
     if not has_explicit_axes(mesh):
         return None
-    by: dict[Role, list[Axes]] = {
+    by: _Sharded = {
         role: _axes(x.sharding, len(spec.shape(role)))
         for role, x in zip(OPERANDS[contraction], (first, second), strict=True)
     }
     rule = {"fprop": _fprop, "dgrad": _dgrad, "wgrad": _wgrad}[contraction]
-    dimensions = rule(spec, by, mesh)
+    called: _Names = {"lhs": "lhs", "rhs": "rhs", "out": "cotangent", **names}
+    dimensions = rule(spec, by, mesh, called)
     _check_fits(dimensions, spec.shape(RESULT[contraction]), mesh)
     return NamedSharding(mesh, PartitionSpec(*(axes or None for axes in dimensions)))
 
 
-def _canonical(out_sharding: Any, shape: Sequence[Any], mesh: AbstractMesh) -> NamedSharding:
+def canonical(out_sharding: Any, shape: Sequence[Any], mesh: AbstractMesh) -> NamedSharding:
     """What JAX makes of an out_sharding."""
+    if not isinstance(out_sharding, NamedSharding | PartitionSpec):
+        raise TypeError(
+            "out_sharding must be a jax.P(...) or a jax.sharding.NamedSharding, got "
+            f"{out_sharding!r}"
+        )
+    spec = out_sharding if isinstance(out_sharding, PartitionSpec) else out_sharding.spec
+    if len(spec) > len(shape):
+        raise ValueError(
+            f"out_sharding={spec} is for {len(spec)} dimensions, but the result has {len(shape)}"
+        )
     with jax.sharding.use_abstract_mesh(mesh):
         return jax.eval_shape(
             lambda: lax.broadcasted_iota(np.int32, shape, 0, out_sharding=out_sharding)
         ).sharding
 
 
-def _fprop(spec: ConvSpec, by: dict[Role, list[Axes]], mesh: AbstractMesh) -> list[Axes]:
+def _fprop(spec: ConvSpec, by: _Sharded, mesh: AbstractMesh, called: _Names) -> list[Axes]:
     """Batch and spatial dimensions as those of `lhs`. The features as the outputs of `rhs`, or by
     groups as the features of `lhs`.
     """
@@ -83,18 +116,20 @@ def _fprop(spec: ConvSpec, by: dict[Role, list[Axes]], mesh: AbstractMesh) -> li
     outputs, *others = (by["rhs"][d] for d in spec.layout("rhs"))
     if any(others):
         raise _ambiguous(
-            f"rhs is sharded over {_listed(*others)} in its input features or its taps",
-            "reshard rhs with jax.sharding.reshard",
+            f"{called['rhs']} is sharded over {_listed(*others)} in its input features or its taps",
+            f"reshard {called['rhs']} with jax.sharding.reshard",
         )
     features = spec.layout("out")[1]
     if _cuts_groups(spec, result[features], mesh) and outputs:
         result[features] = outputs
     else:
-        result[features] = _by_groups(spec, "lhs", result[features], "rhs", outputs, mesh)
+        result[features] = _by_groups(
+            spec, called["lhs"], result[features], called["rhs"], outputs, mesh
+        )
     return result
 
 
-def _dgrad(spec: ConvSpec, by: dict[Role, list[Axes]], mesh: AbstractMesh) -> list[Axes]:
+def _dgrad(spec: ConvSpec, by: _Sharded, mesh: AbstractMesh, called: _Names) -> list[Axes]:
     """Batch and spatial dimensions as those of `out`. The features by groups as those of `out`, or
     of one group as the inputs of `rhs`.
     """
@@ -104,16 +139,17 @@ def _dgrad(spec: ConvSpec, by: dict[Role, list[Axes]], mesh: AbstractMesh) -> li
     outputs, inputs, *taps = (by["rhs"][d] for d in spec.layout("rhs"))
     if any(taps) or (inputs and spec.feature_group_count > 1):
         raise _ambiguous(
-            f"rhs is sharded over {_listed(inputs, *taps)} within its groups or in its taps",
-            "reshard rhs with jax.sharding.reshard",
+            f"{called['rhs']} is sharded over {_listed(inputs, *taps)} within its groups or in its "
+            "taps",
+            f"reshard {called['rhs']} with jax.sharding.reshard",
         )
     features = spec.layout("lhs")[1]
-    whole = _by_groups(spec, "out", result[features], "rhs", outputs, mesh)
+    whole = _by_groups(spec, called["out"], result[features], called["rhs"], outputs, mesh)
     result[features] = whole or inputs
     return result
 
 
-def _wgrad(spec: ConvSpec, by: dict[Role, list[Axes]], mesh: AbstractMesh) -> list[Axes]:
+def _wgrad(spec: ConvSpec, by: _Sharded, mesh: AbstractMesh, called: _Names) -> list[Axes]:
     """The outputs as the features of `out`, or by groups as those of `lhs`; the inputs of one group
     as the features of `lhs`. What is summed over is whole on each device.
     """
@@ -125,7 +161,7 @@ def _wgrad(spec: ConvSpec, by: dict[Role, list[Axes]], mesh: AbstractMesh) -> li
     elif outputs and _cuts_groups(spec, outputs, mesh):
         result[at_outputs] = outputs
     else:
-        result[at_outputs] = _by_groups(spec, "lhs", inputs, "out", outputs, mesh)
+        result[at_outputs] = _by_groups(spec, called["lhs"], inputs, called["out"], outputs, mesh)
     return result
 
 
@@ -134,7 +170,7 @@ def _cuts_groups(spec: ConvSpec, axes: Axes, mesh: AbstractMesh) -> bool:
 
 
 def _by_groups(
-    spec: ConvSpec, first: Role, a: Axes, second: Role, b: Axes, mesh: AbstractMesh
+    spec: ConvSpec, first: str, a: Axes, second: str, b: Axes, mesh: AbstractMesh
 ) -> Axes:
     """The axes that shard the groups, of two arrays with features in groups."""
     if a and b and a != b:

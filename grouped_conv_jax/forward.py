@@ -9,10 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from grouped_conv_jax import arguments
 from grouped_conv_jax.explicit import untyped
-from grouped_conv_jax.padding import Extension, Geometry, extension, pads
+from grouped_conv_jax.padding import Extension, resolved
 from grouped_conv_jax.spec import ConvSpec
 
 LAX_PADDINGS = ("SAME", "SAME_LOWER", "VALID")
@@ -41,6 +42,13 @@ class Forward:
         if self.rearrange is not None:
             lhs = untyped(self.rearrange, jax.typeof(lhs).sharding)(lhs)
         return self.extension(lhs)
+
+    def sharding_of_prepared(self, sharding: NamedSharding) -> NamedSharding:
+        """Of the lhs of `spec`, where the one that was given has this one."""
+        if self.rearrange is not None:
+            # The batch and the features have other sizes.
+            return NamedSharding(sharding.mesh, PartitionSpec())
+        return self.extension.sharding(sharding, len(self.spec.lhs_shape))
 
 
 def forward(
@@ -80,16 +88,13 @@ def forward(
             f"padding={padding!r} has no meaning with lhs_dilation={lhs_dilation}; "
             "give one (low, high) pair for each spatial dimension"
         )
-    sizes = [lhs.shape[d] for d in numbers.lhs_spec[2:]]
-    windows = [
-        1 + dilation * (rhs.shape[d] - 1)
-        for d, dilation in zip(numbers.rhs_spec[2:], rhs_dilation, strict=True)
-    ]
-    extended, pairs = extension(
-        pads(padding, list(map(Geometry, sizes, windows, strides, lhs_dilation))),
-        sizes,
-        lhs_dilation,
+    extended, pairs = resolved(
+        padding,
+        lhs.shape,
         numbers.lhs_spec[2:],
+        arguments.windows(rhs.shape, numbers, rhs_dilation),
+        strides,
+        lhs_dilation,
     )
     lhs_shape = extended.shape(lhs.shape)
     precision = arguments.precision(precision)
@@ -106,7 +111,7 @@ def forward(
         dimension_numbers=numbers,
         feature_group_count=groups,
         precision=precision,
-        preferred_element_type=preferred_element_type,
+        preferred_element_type=arguments.element_type(preferred_element_type),
     )
     spec = ConvSpec(
         lhs_shape=lhs_shape,

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 from grouped_conv_jax import arguments
 from grouped_conv_jax.algorithms import check_name
 from grouped_conv_jax.contraction import contract
-from grouped_conv_jax.explicit import has_explicit_axes, sharding_of_result
+from grouped_conv_jax.explicit import canonical, has_explicit_axes, mesh_of, sharding_of_result
 from grouped_conv_jax.forward import Forward, forward
 from grouped_conv_jax.padding import PaddingLike
 
@@ -92,22 +92,23 @@ def grouped_conv_input_grad(
         preferred_element_type,
     )
     given = _checked_cotangent(cotangent, call)
-    is_direct = not call.changes_lhs
+    wanted = inner = None
+    if out_sharding is not None:
+        wanted = canonical(out_sharding, lhs.shape, mesh_of(given, rhs_type))
+        inner = call.sharding_of_prepared(wanted)
     gradient = contract(
         cotangent,
         rhs,
         contraction="dgrad",
         spec=call.spec,
         implementation=implementation,
-        out_sharding=sharding_of_result(
-            "dgrad", call.spec, given, rhs_type, out_sharding if is_direct else None
-        ),
+        out_sharding=sharding_of_result("dgrad", call.spec, given, rhs_type, inner),
     )
-    return gradient if is_direct else _of_lhs(gradient, lhs.shape, call, out_sharding)
+    return _of_lhs(gradient, lhs.shape, call, wanted) if call.changes_lhs else gradient
 
 
 def _of_lhs(
-    gradient: jax.Array, shape: Sequence[Any], call: Forward, out_sharding: Any
+    gradient: jax.Array, shape: Sequence[Any], call: Forward, out_sharding: NamedSharding | None
 ) -> jax.Array:
     """From the gradient of what `call` makes of the input to that of the input."""
     kind = jax.typeof(gradient)
@@ -115,9 +116,8 @@ def _of_lhs(
     if has_explicit_axes(sharding.mesh):
         gradient = jax.sharding.reshard(gradient, sharding)
     # The type has the mesh axes as well over which it varies inside shard_map.
-    (of_lhs,) = jax.linear_transpose(call.prepared, kind.update(shape=shape, sharding=sharding))(
-        gradient
-    )
+    kind = kind.update(shape=shape, sharding=sharding)
+    (of_lhs,) = jax.linear_transpose(call.prepared, kind)(gradient)
     return of_lhs if out_sharding is None else jax.sharding.reshard(of_lhs, out_sharding)
 
 

@@ -124,8 +124,18 @@ def pads(
     if isinstance(padding, str):
         return tuple(_named(padding, dimension, known) for dimension in dimensions)
     if not isinstance(padding, Iterable):
-        raise TypeError(f"padding must be a string or (low, high) pairs, got {padding!r}")
+        raise TypeError(
+            f"padding must be a string or (low, high) pairs, got {padding!r}; an amount for all "
+            "sides is [(1, 1), (1, 1)] for two dimensions"
+        )
     entries = list(padding)
+    if isinstance(padding, tuple) and _looks_like_one_entry(entries):
+        mode, amounts = entries
+        raise ValueError(
+            f"padding {padding!r} is that of one dimension; for all of them write "
+            f"[({mode!r}, {amounts!r})] * {len(dimensions)}, and for the first alone a list, "
+            f"[{mode!r}, {amounts!r}]"
+        )
     if len(entries) != len(dimensions):
         raise ValueError(
             f"padding must have one (low, high) pair for each of {len(dimensions)} spatial "
@@ -135,6 +145,17 @@ def pads(
         _entry(entry, dimension, known)
         for entry, dimension in zip(entries, dimensions, strict=True)
     )
+
+
+def _looks_like_one_entry(entries: Sequence[Any]) -> bool:
+    """Whether it is a mode with its pair, and not two dimensions of which the first has a mode."""
+    if len(entries) != 2 or not isinstance(entries[0], str) or entries[0].upper() not in MODES:
+        return False
+    amounts = entries[1]
+    is_an_entry = isinstance(amounts, str) or (
+        isinstance(amounts, tuple | list) and any(isinstance(x, str) for x in amounts)
+    )
+    return not is_an_entry
 
 
 def _entry(entry: Any, dimension: Geometry, known: dict[str, Amounts]) -> Pad:
@@ -166,7 +187,7 @@ def _named(name: str, dimension: Geometry, known: dict[str, Amounts]) -> Pad:
     if (amounts := known.get(name.upper())) is None:
         raise ValueError(
             f"unknown padding {name!r}; known: {', '.join(known)}, or one (low, high) pair for "
-            "each spatial dimension"
+            'each spatial dimension, or a mode with its pair, ("REFLECT", (low, high))'
         )
     if dimension.dilation != 1:
         raise ValueError(
@@ -220,6 +241,20 @@ class Extension:
             widths[dimension] = before, after
             x = jnp.pad(x, widths, mode=MODES[mode])
         return x
+
+
+def resolved(
+    padding: Any,
+    lhs_shape: Sequence[Any],
+    spatial_dimensions: Sequence[int],
+    windows: Sequence[Any],
+    strides: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[Extension, tuple[tuple[Any, Any], ...]]:
+    """The padding of a convolution: see `extension`."""
+    sizes = [lhs_shape[d] for d in spatial_dimensions]
+    found = pads(padding, list(map(Geometry, sizes, windows, strides, dilation)))
+    return extension(found, sizes, dilation, spatial_dimensions)
 
 
 def extension(

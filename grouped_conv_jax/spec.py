@@ -154,6 +154,16 @@ class ConvSpec:
         return tuple(shape[d] for d in self.spatial_dimensions(role))
 
     @property
+    def has_dot_algorithm(self) -> bool:
+        """Whether `precision` is an algorithm for matrix products, which lax takes for convolutions
+        as well, and XLA does not heed there.
+        """
+        given = self.precision if isinstance(self.precision, tuple) else (self.precision,)
+        algorithms = (lax.DotAlgorithm, lax.DotAlgorithmPreset)
+        names = lax.DotAlgorithmPreset.__members__.keys() - {"DEFAULT"}
+        return any(isinstance(p, algorithms) or (isinstance(p, str) and p in names) for p in given)
+
+    @property
     def accumulator(self) -> np.dtype:
         """The dtype of sums: `wide_dtype`, or 32 bits for narrower floats."""
         dtype = np.dtype(self.wide_dtype)

@@ -39,6 +39,7 @@ def grouped_conv_transpose(
     preferred_element_type: DTypeLike | None = None,
     *,
     output_padding: Sequence[int] | None = None,
+    out_sharding: NamedSharding | PartitionSpec | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     r"""Transposed convolution (fractionally strided) in groups, in place of `lax.conv_transpose`.
@@ -48,7 +49,8 @@ def grouped_conv_transpose(
     .. math::
         out[n, p, g, o] = \sum_{k, c} spread[n, p + k \cdot dilation, g, c] \; rhs[k, c, g, o]
 
-    Arguments that `jax.lax.conv_transpose` has mean what they mean there. Computed as the input's
+    Arguments mean what they mean in `jax.lax.conv_transpose` (pairs of padding as without its
+    `use_consistent_padding`, which is not here). Computed as the input's
     gradient of a convolution, so as fast and with the same partition over devices.
 
     Args:
@@ -74,6 +76,7 @@ def grouped_conv_transpose(
       preferred_element_type: dtype of the result and of the accumulation.
       output_padding: n integers, at least 0 (default 0): positions more at the end. Several sizes
         give the same size under a convolution with strides; this says which one is meant.
+      out_sharding: the sharding of the result where mesh axes are Explicit.
       implementation: as in `grouped_conv`.
 
     Returns:
@@ -98,6 +101,7 @@ def grouped_conv_transpose(
       guide to convolution arithmetic for deep learning", 2016.
     """
     check_name(implementation)
+    transpose_kernel = arguments.flag("transpose_kernel", transpose_kernel)
     groups = arguments.group_count("feature_group_count", feature_group_count)
     lhs_type, rhs_type = arguments.array_type("lhs", lhs), arguments.array_type("rhs", rhs)
     arguments.check_same_dtype(lhs=lhs_type, rhs=rhs_type)
@@ -108,17 +112,14 @@ def grouped_conv_transpose(
     strides = arguments.integers("strides", strides, rank)
     rhs_dilation = arguments.integers("rhs_dilation", rhs_dilation, rank, default=1)
     more = arguments.integers("output_padding", output_padding, rank, default=0, least=0)
-    turned = _turned_shape(rhs_type.shape, numbers.rhs_spec, groups)
     if transpose_kernel:
         _check_transposed_groups(lhs_type.shape, rhs_type.shape, numbers, groups)
     else:
         arguments.check_groups(lhs_type.shape, rhs_type.shape, numbers, groups)
+    turned = _turned_shape(rhs_type.shape, numbers.rhs_spec, groups)
 
     sizes = [lhs_type.shape[d] for d in numbers.lhs_spec[2:]]
-    windows = [
-        1 + dilation * (rhs_type.shape[d] - 1)
-        for d, dilation in zip(numbers.rhs_spec[2:], rhs_dilation, strict=True)
-    ]
+    windows = arguments.windows(rhs_type.shape, numbers, rhs_dilation)
     found = pads(padding, list(map(Geometry, sizes, windows, strides)), TRANSPOSED)
     found = [p._replace(high=p.high + n) for p, n in zip(found, more, strict=True)]
     extended, pairs = extension(found, sizes, strides, numbers.lhs_spec[2:])
@@ -135,7 +136,7 @@ def grouped_conv_transpose(
         dimension_numbers=numbers,
         feature_group_count=groups,
         precision=precision,
-        preferred_element_type=preferred_element_type,
+        preferred_element_type=arguments.element_type(preferred_element_type),
     )
     spec = ConvSpec(
         lhs_shape=result.shape,
@@ -153,7 +154,7 @@ def grouped_conv_transpose(
     )
     operands = extended(lhs), rhs if transpose_kernel else _turned(rhs, spec)
     types = jax.typeof(operands[0]), jax.typeof(operands[1])
-    sharding = sharding_of_result("dgrad", spec, *types, None)
+    sharding = sharding_of_result("dgrad", spec, *types, out_sharding, {"out": "lhs"})
     return contract(
         *operands,
         contraction="dgrad",
@@ -219,8 +220,9 @@ def _turned(rhs: Any, spec: ConvSpec) -> jax.Array:
 
     def turn(rhs: jax.Array) -> jax.Array:
         w = lax.rev(jnp.transpose(rhs, layout), range(2, len(layout)))
-        w = jnp.swapaxes(w.reshape(groups, -1, *w.shape[1:]), 1, 2)
-        return jnp.transpose(w.reshape(-1, *w.shape[2:]), order)
+        outputs, inputs, *taps = w.shape
+        w = jnp.swapaxes(w.reshape(groups, outputs // groups, inputs, *taps), 1, 2)
+        return jnp.transpose(w.reshape(groups * inputs, outputs // groups, *taps), order)
 
     return untyped(turn, _turned_sharding(rhs, spec))(rhs)
 

@@ -51,6 +51,16 @@ WRONG = {
         ValueError,
         ["rhs takes 3", "6 features in feature_group_count=1, 6 each", "=2 would fit"],
     ),
+    "channels last without saying so": (
+        {"lhs": ones((4, 5, 5, 6)), "rhs": ones((3, 3, 3, 4))},
+        ValueError,
+        ["feature_group_count=2", "('NHWC', 'HWIO', 'NHWC') would fit"],
+    ),
+    "a kernel of PyTorch's under HWIO": (
+        {"lhs": ones((4, 5, 5, 6)), "dimension_numbers": ("NHWC", "HWIO", "NHWC")},
+        ValueError,
+        ["('NHWC', 'OIHW', 'NHWC') would fit"],
+    ),
     "no groups": ({"feature_group_count": 0}, ValueError, ["feature_group_count", "1", "0"]),
     "negative groups": ({"feature_group_count": -1}, ValueError, ["feature_group_count", "-1"]),
     "groups as a float": ({"feature_group_count": 2.0}, TypeError, ["group", "integer", "2.0"]),
@@ -279,7 +289,29 @@ WRONG = {
         TypeError,
         ["preferred_element_type", "incompatible"],
     ),
-    "an unknown dtype": ({"preferred_element_type": "floot"}, TypeError, ["floot"]),
+    "an unknown dtype": (
+        {"preferred_element_type": "floot"},
+        TypeError,
+        ["preferred_element_type", "floot"],
+    ),
+    "a list as a dtype": (
+        {"preferred_element_type": [1]},
+        TypeError,
+        ["preferred_element_type", "[1]"],
+    ),
+    "a list as an implementation": ({"implementation": []}, TypeError, ["implementation", "[]"]),
+    "a list as a sharding": ({"out_sharding": []}, TypeError, ["out_sharding", "[]"]),
+    "booleans as a padding": (
+        {"padding": [(True, True)] * 2},
+        TypeError,
+        ["padding", "boolean True"],
+    ),
+    "a mode with its pair for all dimensions": (
+        {"padding": ("REFLECT", (1, 1))},
+        ValueError,
+        ["[('REFLECT', (1, 1))] * 2", "['REFLECT', (1, 1)]"],
+    ),
+    "bytes as dilations": ({"rhs_dilation": b"ab"}, TypeError, ["rhs_dilation", "b'ab'"]),
     "an unknown implementation": (
         {"implementation": "cudnn"},
         ValueError,
@@ -323,6 +355,7 @@ NOT_ARRAYS = {
     "a list": [[[[1.0] * 5] * 5] * 6] * 4,
     "a string": "lhs",
     "None": None,
+    "a number of more than 32 bits": 2**31,
     "an array of objects": np.full(LHS, None),
 }
 

@@ -1,11 +1,12 @@
 """The pages' code runs as printed, and the reference has every public name, told in full."""
 
+import functools
 import importlib
 import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import jax.numpy as jnp
@@ -118,6 +119,53 @@ def value_of(name: str) -> Any:
     """What a documented name means; an error if it means nothing."""
     module, member = name.rsplit(".", 1)
     return getattr(importlib.import_module(module), member)
+
+
+def documented_classes() -> dict[str, re.Match[str]]:
+    """What the reference says of each class: its options and what is written under it."""
+    found = {}
+    for page in PAGES:
+        # A directive's own lines are indented; the last one may be the first of the next module.
+        for module in re.split(r"^\.\. (?:currentmodule|automodule):: ", TEXTS[page], flags=re.M):
+            for match in re.finditer(r"^\.\. autoclass:: (\S+)\n((?:   .*\n|\n)*)", module, re.M):
+                prefix = "" if match[1].startswith("grouped") else f"{module.split()[0]}."
+                found[prefix + match[1]] = match
+    return found
+
+
+def own_members(cls: type) -> list[str]:
+    """Public methods and properties; what it has from elsewhere is not its own."""
+    kinds = (FunctionType, classmethod, property, functools.cached_property)
+    fields = inspect.get_annotations(cls)  # Functions that are the default of one are no methods.
+    return [
+        name
+        for name, value in vars(cls).items()
+        if isinstance(value, kinds) and not name.startswith("_") and name not in fields
+    ]
+
+
+PUBLIC_CLASSES = {
+    name: match
+    for name, match in documented_classes().items()
+    if any(value_of(name) is value for _, value in public_names())
+}
+"""The others are told as far as results of functions are of them."""
+
+
+@pytest.mark.parametrize("name", PUBLIC_CLASSES)
+def test_the_reference_has_every_member_of_a_class(name):
+    match = PUBLIC_CLASSES[name]
+    told = set(re.findall(r"^   \.\. [\w:]+:: (\w+)", match[2], re.M))
+    options = dict(re.findall(r"^   :([\w-]+):(.*)", match[2], re.M))
+    listed = set(re.findall(r"\w+", options.get("members", "")))
+    excluded = set(re.findall(r"\w+", options.get("exclude-members", "")))
+    cls = value_of(name)
+    for member in own_members(cls):
+        # Sphinx leaves out what has no docstring, without a word.
+        is_told = bool(inspect.getdoc(inspect.getattr_static(cls, member)))
+        takes_all = "members" in options and not listed
+        by_option = member in listed or (takes_all and member not in excluded)
+        assert member in told or (by_option and is_told), f"{name}.{member}"
 
 
 OPERATIONS = [

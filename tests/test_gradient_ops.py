@@ -193,14 +193,17 @@ def test_what_does_not_follow_is_refused_with_the_mend():
                  "dimension_numbers": ("NHWC", "HWIO", "NHWC")}  # fmt: skip
     for rhs, out, message in [
         (P("group"), P(), "rhs is sharded over 'group' within its groups or in its taps"),
-        (P(), KERNEL, "features of out are sharded over 'group', 2 devices, which cuts"),
+        (P(), KERNEL, "features of cotangent are sharded over 'group', 2 devices, which cuts"),
     ]:
         placed = jax.device_put(w, rhs), jax.device_put(y, out)
         with pytest.raises(ValueError, match=message) as error:
             grouped_conv_input_grad((4, 4, 4, 8), *placed, **arguments)
         assert "out_sharding=jax.P(...)" in str(error.value)
-        said = grouped_conv_input_grad((4, 4, 4, 8), *placed, **arguments, out_sharding=P("data"))
-        assert jax.typeof(said).sharding.spec[0] == "data"
+        for padding in ("SAME", "CIRCULAR"):
+            said = grouped_conv_input_grad(
+                (4, 4, 4, 8), *placed, **{**arguments, "padding": padding}, out_sharding=P("data")
+            )
+            assert jax.typeof(said).sharding.spec[0] == "data"
 
 
 # Arguments.
@@ -227,6 +230,7 @@ WRONG = {
 SHAPES = {
     "an integer": (4, TypeError, ["_shape must be a sequence", "4"]),
     "a float": ((2, 4, 5, 5.0), TypeError, ["_shape", "5.0"]),
+    "an array": (X, TypeError, ["_shape must be a shape, got an array of shape (2, 4, 5, 5)"]),
     "a negative size": ((2, 4, 5, -5), ValueError, ["_shape", "-5"]),
     "too short": ((2, 4, 5), ValueError, ["same number of dimensions", "(2, 4, 5)"]),
 }

@@ -32,8 +32,8 @@ PAIRS = {
     "Flax linen": 2,
     "Haiku": 3,
     "Equinox": 3,
-    "Keras": 5,
-    "PyTorch": 8,
+    "Keras": 7,
+    "PyTorch": 10,
 }
 
 

@@ -214,6 +214,18 @@ def test_the_sharding_of_the_result_follows(groups, lhs, rhs, out, transpose_ker
 
 
 @pytest.mark.usefixtures("explicit")
+def test_what_does_not_follow_can_be_said():
+    x = jax.device_put(np.ones((8, 4, 4, 8), np.float32), P(None, None, None, "data"))
+    w = jax.device_put(np.ones((3, 3, 8, 6), np.float32), P(None, None, None, "group"))
+    with pytest.raises(ValueError, match=r"features of lhs are .* 'data'.*out_sharding=jax\.P"):
+        grouped_conv_transpose(x, w, (2, 2), "SAME")
+    out = grouped_conv_transpose(x, w, (2, 2), "SAME", out_sharding=P("data"))
+    assert jax.typeof(out).sharding.spec[0] == "data"
+    np.testing.assert_allclose(out, lax.conv_transpose(np.ones((8, 4, 4, 8), "f"),
+                               np.ones((3, 3, 8, 6), "f"), (2, 2), "SAME"), 1e-5)  # fmt: skip
+
+
+@pytest.mark.usefixtures("explicit")
 def test_of_one_group_outputs_may_be_sharded():
     x = jax.device_put(np.ones((8, 4, 4, 8), np.float32), P("data"))
     w = jax.device_put(np.ones((3, 3, 8, 6), np.float32), P(None, None, None, "group"))
@@ -250,6 +262,16 @@ WRONG = {
     ),
     "an output padding": ({"output_padding": 1}, TypeError, ["output_padding", "sequence"]),
     "dtypes": ({"rhs": RHS.astype(np.float16)}, TypeError, ["float32", "float16", "astype"]),
+    "a string as a flag": (
+        {"transpose_kernel": "no"},
+        TypeError,
+        ["transpose_kernel must be True or False", "'no'"],
+    ),
+    "a sharding of another rank": (
+        {"out_sharding": P(None, None, None, None, None)},
+        ValueError,
+        ["out_sharding", "5 dimensions", "4"],
+    ),
     "an unknown implementation": ({"implementation": "cudnn"}, ValueError, ["'cudnn'"]),
     "a rank without a layout": (
         {"lhs": np.ones((1,) * 6, np.float32), "rhs": np.ones((1,) * 6, np.float32)},

@@ -301,6 +301,18 @@ def test_a_precision_of_dot_algorithms_is_taken_as_lax_takes_it(implementation):
     np.testing.assert_array_equal(actual[0].shape, case.lax_conv(precision=algorithm)(x, w).shape)
 
 
+@pytest.mark.parametrize("precision", ["F16_F16_F32", lax.DotAlgorithmPreset.BF16_BF16_F32])
+def test_a_dot_algorithm_is_refused_by_what_has_none(precision):
+    (case,) = named("NCHW")
+    x, w, _ = case.random()
+    for name in ("taps", "patches"):
+        with pytest.raises(NotImplementedError, match=f"'{name}'.*no such algorithm.*16"):
+            case.conv(name, precision=precision)(x, w)
+    np.testing.assert_allclose(
+        case.conv(precision=precision)(x, w), case.lax_conv(precision=precision)(x, w), 1e-5, 1e-5
+    )
+
+
 def test_the_default_precision_is_that_of_the_trace():
     (case,) = named("NCHW")
     with jax.default_matmul_precision("highest"):
@@ -331,3 +343,25 @@ def test_numpy_operands_give_a_jax_array():
     (case,) = named("NHWC")
     x, w, _ = case.random()
     assert isinstance(grouped_conv(x, w, **case.arguments), jax.Array)
+
+
+# XLA:CPU ends the process while it compiles these as they are, in lax as well.
+STRIDED_AND_DILATED = Case(
+    "strided and dilated",
+    (2, 4, 4, 5),
+    (4, 2, 2, 3),
+    {
+        "window_strides": (2, 1),
+        "padding": [(1, 1), (0, 0)],
+        "rhs_dilation": (1, 2),
+        "feature_group_count": 2,
+    },
+)
+
+
+@every_implementation
+@pytest.mark.usefixtures("x64")
+def test_strides_and_dilations_in_64_bits(implementation):
+    operands = STRIDED_AND_DILATED.random(np.float64)
+    actual = value_and_gradients(STRIDED_AND_DILATED.conv(implementation))(*operands)
+    assert_matches_the_oracle(actual, STRIDED_AND_DILATED, operands)

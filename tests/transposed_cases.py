@@ -262,6 +262,28 @@ TRANSPOSED: list[Case] = [
             "feature_group_count": 2,
         },
     ),
+    Transposed(
+        "no inputs",
+        (2, 3, 3, 0),
+        (3, 2, 0, 6),
+        {
+            "strides": (2, 1),
+            "padding": "SAME",
+            "dimension_numbers": NHWC,
+            "feature_group_count": 2,
+        },
+    ),
+    Transposed(
+        "no outputs",
+        (2, 3, 3, 4),
+        (3, 2, 2, 0),
+        {
+            "strides": (2, 1),
+            "padding": "SAME",
+            "dimension_numbers": NHWC,
+            "feature_group_count": 2,
+        },
+    ),
 ]
 every_transposed = each_case(TRANSPOSED)
 representative_transposed = each_case([case for case in TRANSPOSED if case.representative])

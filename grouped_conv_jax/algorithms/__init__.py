@@ -13,9 +13,9 @@ and, to be chosen without being asked for,
     seconds(contraction, spec) -> what it is expected to take on a CPU (see `costs`)
 
 where `platform` is "cpu", "cuda", "rocm", "tpu" or "another platform". If it compiles to a call of
-code that is not part of the program, it says `IS_EXPORTABLE = False`. It knows nothing of
-differentiation, vmap, sharding or of when it is chosen. To add one: write the file, and a line
-with its name in `TABLE`.
+code that is not part of the program, it says `IS_EXPORTABLE = False`; if it multiplies otherwise
+than by XLA's convolutions, `CONVOLVES_BY_XLA = False`. It knows nothing of differentiation, vmap,
+sharding or of when it is chosen. To add one: write the file, and a line with its name in `TABLE`.
 """
 
 import importlib
@@ -49,7 +49,9 @@ def implementations() -> tuple[str, ...]:
 
 
 def check_name(name: str | None) -> None:
-    """Raises ValueError unless `name` is in the table, or None."""
+    """Raises TypeError or ValueError unless `name` is in the table, or None."""
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"implementation must be a name or None, got {name!r}")
     if name is not None and name not in TABLE:
         raise ValueError(f"unknown implementation {name!r}; known: {', '.join(TABLE)}, or None")
 
@@ -67,4 +69,6 @@ def unsupported(
         return f"it has no {contraction}"
     if is_export and not getattr(module, "IS_EXPORTABLE", True):
         return "what jax.export makes must run without this package"
+    if spec.has_dot_algorithm and not getattr(module, "CONVOLVES_BY_XLA", True):
+        return f"it has no such algorithm as precision={spec.precision}"
     return module.supports(contraction, spec, platform)

@@ -13,6 +13,7 @@ from grouped_conv_jax import costs, native
 from grouped_conv_jax.phases import Dimension, dimensions
 from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec, Role
 
+CONVOLVES_BY_XLA = False
 IS_EXPORTABLE = False
 
 DTYPES = tuple(np.dtype(t) for t in (jnp.float32, jnp.float64, jnp.bfloat16))

@@ -27,6 +27,8 @@ from grouped_conv_jax.phases import (
 )
 from grouped_conv_jax.spec import Contraction, ConvSpec, Role
 
+CONVOLVES_BY_XLA = False
+
 MAX_PRODUCTS = 128
 """Matrix products: more take too long to compile, as do more pieces of an operand."""
 

@@ -32,6 +32,8 @@ from grouped_conv_jax.phases import (
 )
 from grouped_conv_jax.spec import Contraction, ConvSpec
 
+CONVOLVES_BY_XLA = False
+
 MAX_TERMS = 256
 """Products in one fused loop: beyond, the code grows and XLA makes no vectors of it."""
 

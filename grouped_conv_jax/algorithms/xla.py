@@ -150,6 +150,9 @@ def convolve(
 
     spatial = dimension_numbers.lhs_spec[2:]
     left, pads, dilation = plainly_padded(lhs, padding, lhs_dilation, spatial)
+    if lhs.dtype.itemsize > 4 and max(dilation, default=1) > 1 and max(rhs_dilation, default=1) > 1:
+        # XLA:CPU ends the process over some of these, when its simplifier exchanges the operands.
+        left, pads, dilation = _spread(left, pads, dilation, spatial)
     if any(n == 0 for n in left.shape):
         result = jax.eval_shape(lambda lhs: conv(lhs, padding, lhs_dilation), lhs)
         return jnp.zeros(result.shape, result.dtype)
@@ -184,6 +187,22 @@ def plainly_padded(
         left.append((low + first * step, high + last * step))
         steps.append(step)
     return x, left, steps
+
+
+def _spread(
+    x: jax.Array,
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+    spatial_dimensions: Sequence[int],
+) -> tuple[jax.Array, list[tuple[int, int]], list[int]]:
+    """Padded and dilated beforehand, so that nothing is left to do."""
+    config = [(0, 0, 0)] * x.ndim
+    for d, step, (low, high) in zip(spatial_dimensions, dilation, padding, strict=True):
+        config[d] = (low, high, step - 1)
+    # Behind a barrier, or the simplifier makes a dilation of it again.
+    x = lax.optimization_barrier(lax.pad(x, jnp.zeros((), x.dtype), config))
+    rank = len(spatial_dimensions)
+    return x, [(0, 0)] * rank, [1] * rank
 
 
 def exchanged(layout: Sequence[int]) -> tuple[int, ...]:
