@@ -208,6 +208,8 @@ def test_processes_agree_on_their_peak():
 def cache(tmp_path):
     """A persistent compilation cache that is empty, of programs however small."""
     settings = {
+        # A benchmark, which other tests run, turns it off.
+        "jax_enable_compilation_cache": True,
         "jax_compilation_cache_dir": str(tmp_path),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
