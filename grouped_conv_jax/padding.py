@@ -129,12 +129,15 @@ def pads(
             "sides is [(1, 1), (1, 1)] for two dimensions"
         )
     entries = list(padding)
-    if isinstance(padding, tuple) and _looks_like_one_entry(entries):
-        mode, amounts = entries
+    if isinstance(padding, tuple) and is_of_one_dimension(entries):
         raise ValueError(
-            f"padding {padding!r} is that of one dimension; for all of them write "
-            f"[({mode!r}, {amounts!r})] * {len(dimensions)}, and for the first alone a list, "
-            f"[{mode!r}, {amounts!r}]"
+            f"padding {padding!r} is that of one dimension; "
+            + (
+                f"for all of them write [{padding!r}] * {len(dimensions)}, and for the first alone "
+                f"a list, {list(padding)!r}"
+                if len(dimensions) > 1
+                else f"write [{padding!r}]"
+            )
         )
     if len(entries) != len(dimensions):
         raise ValueError(
@@ -147,7 +150,7 @@ def pads(
     )
 
 
-def _looks_like_one_entry(entries: Sequence[Any]) -> bool:
+def is_of_one_dimension(entries: Sequence[Any]) -> bool:
     """Whether it is a mode with its pair, and not two dimensions of which the first has a mode."""
     if len(entries) != 2 or not isinstance(entries[0], str) or entries[0].upper() not in MODES:
         return False

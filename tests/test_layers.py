@@ -47,7 +47,9 @@ LAYERS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 }
 
 each_layer = pytest.mark.parametrize(("arguments", "shape"), LAYERS.values(), ids=LAYERS)
-each_implementation = pytest.mark.parametrize("implementation", [None, "xla"])
+each_implementation = pytest.mark.parametrize(
+    "implementation", [None, pytest.param("xla", marks=pytest.mark.slow)]
+)
 
 
 @each_implementation
@@ -103,7 +105,7 @@ def test_flax_takes_the_op_as_its_convolution():
     assert len(convolutions(layer.apply, variables, x)) == 1
 
 
-@each_implementation
+@pytest.mark.parametrize("implementation", [None, "xla"])
 def test_the_implementation_is_passed_on(implementation):
     x = jnp.ones((1, 4, 4, 6))
     layer = grouped_conv_jax.nnx.GroupedConv(

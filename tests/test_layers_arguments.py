@@ -25,6 +25,7 @@ ALL = (
     "CausalConv",
 )
 WINDOWS = ALL[:-1]
+UNMASKED = tuple(name for name in ALL if name != "SeparableConv")
 GROUPED = ("GroupedConv", "GroupedConvTranspose", "GroupedConvLocal", "CausalConv")
 
 # For which layers, with what, which error, and what it says.
@@ -37,11 +38,21 @@ WRONG: dict[str, tuple[tuple[str, ...], dict[str, Any], type[Exception], str]] =
         ValueError,
         r"strides must be at least 1.*\(0, 0\)",
     ),
-    "too many strides": (WINDOWS, dict(strides=(1, 1, 1)), ValueError, "strides.* 2 .*got 3"),
-    "dilations": (WINDOWS, dict(kernel_dilation=(1,)), ValueError, "kernel_dilation.* 2 .*got 1"),
+    "too many strides": (
+        WINDOWS,
+        dict(strides=(1, 1, 1)),
+        ValueError,
+        r"=\(3, 2\) has two .*strides=\(1, 1, 1\) has three",
+    ),
+    "dilations": (
+        WINDOWS,
+        dict(kernel_dilation=(1,)),
+        ValueError,
+        r"two .* kernel_dilation=\(1,\) has one",
+    ),
     "an unknown padding": (WINDOWS, dict(padding="FULL"), ValueError, "'FULL'; known: SAME, "),
     "one unknown padding": (WINDOWS, dict(padding=("SAME", "FULL")), ValueError, "'FULL'; known: "),
-    "too few paddings": (WINDOWS, dict(padding=[1]), ValueError, "padding.* 2 .*got 1"),
+    "too few paddings": (WINDOWS, dict(padding=[1]), ValueError, r"two .* padding=\[1\] has one"),
     "no padding": (WINDOWS, dict(padding=None), TypeError, "padding.*None"),
     "three to a pair": (WINDOWS, dict(padding=[(1, 1, 1), 1]), ValueError, r"pairs.*\(1, 1, 1\)"),
     "groups": (GROUPED, dict(feature_group_count=4), ValueError, r"=4 does not divide .*\(6\)"),
@@ -78,6 +89,26 @@ WRONG: dict[str, tuple[tuple[str, ...], dict[str, Any], type[Exception], str]] =
         ValueError,
         "'SAME_LOWER'; known: ",
     ),
+    "a kernel turned or not": (
+        ("GroupedConvTranspose",),
+        dict(transpose_kernel="no"),
+        TypeError,
+        "transpose_kernel must be True or False, got 'no'",
+    ),
+    "a list as the mask": (UNMASKED, dict(mask=[1]), TypeError, r"mask must be an array, got \w+;"),
+    "a mode alone, a tuple": (
+        WINDOWS,
+        dict(padding=("REFLECT", (1, 1))),
+        ValueError,
+        r"one dimension; for all of them write \[\('REFLECT', \(1, 1\)\)\] \* 2",
+    ),
+    "a mode alone, of an integer": (
+        WINDOWS,
+        dict(padding=("circular", 1)),
+        ValueError,
+        r"one dimension; for all of them write \[\('circular', 1\)\] \* 2",
+    ),
+    "paddings that are true": (WINDOWS, dict(padding=True), TypeError, "padding.*got True"),
     "two times": (("CausalConv",), dict(kernel_size=(3, 3)), ValueError, "one spatial dimension"),
 }
 
@@ -118,12 +149,105 @@ def test_inputs_of_too_few_dimensions_or_other_features_are_refused(name):
         jax.eval_shape(of_linen.apply, variables, more)
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_inputs_that_are_no_arrays_are_refused(name):
+    layer = layer_of(name, {})
+    made, of_linen = layer.nnx(), layer.linen()
+    for given, error, message in (
+        ([1.0, 2.0], TypeError, "inputs must be an array, got list"),
+        (np.float32(1), ValueError, rf"{len(layer.spatial)} spatial dimensions.*got shape \(\)"),
+    ):
+        with pytest.raises(error, match=message):
+            made(given)
+        with pytest.raises(error, match=message):
+            of_linen.init(jax.random.key(0), given)
+
+
+NUMBERS = [
+    (4.0, TypeError, "features must be an integer, got 4.0"),
+    ("4", TypeError, "features must be an integer, got '4'"),
+    (True, TypeError, "features must be an integer, got the boolean True"),
+    (0, ValueError, "features must be at least 1, got 0"),
+    (-6, ValueError, "features must be at least 1, got -6"),
+]
+
+
+@pytest.mark.parametrize(("number", "error", "message"), NUMBERS)
+def test_features_are_integers_of_at_least_one(number, error, message):
+    for name in ALL:
+        layer = layer_of(name, {})
+        make = getattr(grouped_conv_jax.nnx, name)
+        settings = {**layer.settings, "rngs": nnx.Rngs(0)}
+        if name == "GroupedConvLocal":
+            settings["input_size"] = 4
+        both = (IN_FEATURES,) if name == "DepthwiseConv" else (IN_FEATURES, FEATURES)
+        for position, argument in enumerate(("in_features", "out_features")[: len(both)]):
+            given: list[Any] = list(both)
+            given[position] = number
+            with pytest.raises(error, match=f"{argument[:-8]}{message}"):
+                make(*given, **settings)
+        if name != "DepthwiseConv":
+            of_linen = getattr(grouped_conv_jax.linen, name)(number, **layer.settings)
+            with pytest.raises(error, match=message):
+                of_linen.init(jax.random.key(0), layer.inputs(1))
+
+
+def test_what_is_of_other_dimensions_than_the_kernel_is_shown_as_it_was_given():
+    """Among them positional arguments in the order of another layer."""
+    make, of_linen = grouped_conv_jax.nnx, grouped_conv_jax.linen
+    x = jnp.ones((1, 4, 5, 8))
+    message = r"kernel_size=8 has one spatial dimension, but strides=\(3, 3\) has two"
+    with pytest.raises(ValueError, match=message):
+        make.DepthwiseConv(8, 8, (3, 3), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=message.replace("8", "12")):
+        of_linen.GroupedConv(8, 12, (3, 3), feature_group_count=4)
+    for name in WINDOWS:
+        layer = layer_of(name, dict(padding=["REFLECT", (1, 1)]))
+        layer = Layer(name, {**layer.settings, "kernel_size": 3}, (4,))
+        message = r"kernel_size=3 has one .*padding=\['REFLECT', \(1, 1\)\] has two"
+        with pytest.raises(ValueError, match=message):
+            layer.nnx()
+        with pytest.raises(ValueError, match=message):
+            layer.linen().init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"\(3, 2\) has two .*output_padding=\(1,\) has one"):
+        layer_of("GroupedConvTranspose", dict(output_padding=(1,))).nnx()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(groups=2), "groups is named feature_group_count here"),
+        (dict(stride=2), "stride is named strides here"),
+        (dict(dilation=2), "dilation is named kernel_dilation here"),
+        (dict(dilation_rate=2), "dilation_rate is named kernel_dilation here"),
+        (dict(bias=False), "bias is named use_bias here"),
+        (dict(padding_mode="circular"), "padding_mode is part of padding here: padding='CIRC"),
+        (dict(kernel_initializer="zeros"), "kernel_initializer is named kernel_init here"),
+    ],
+)
+def test_names_of_other_libraries(settings, message):
+    for name in ALL:
+        layer = layer_of(name, {})
+        with pytest.raises(TypeError, match=message):
+            layer.nnx(**settings)
+        without = {k: v for k, v in layer.settings.items() if k != "feature_group_count"}
+        with pytest.raises(TypeError, match=message):
+            Layer(name, without, layer.spatial).nnx(**settings)
+
+
+def test_missing_groups():
+    for name in ("GroupedConv", "GroupedConvTranspose", "GroupedConvLocal"):
+        layer = Layer(name, dict(kernel_size=(3, 2)), (4, 5))
+        with pytest.raises(TypeError, match="feature_group_count is required; 1 for a plain conv"):
+            layer.nnx()
+
+
 def test_a_local_layer_knows_the_size_of_its_inputs():
     layer = Layer("GroupedConvLocal", dict(kernel_size=(3, 2), feature_group_count=3), (4, 5))
     assert layer.nnx(input_size=4).input_size == (4, 4)
     with pytest.raises(ValueError, match=r"spatial shape \(4, 5\).*got \(5, 5\)"):
         layer.nnx()(jnp.ones((2, 5, 5, 6)))
-    with pytest.raises(ValueError, match=r"input_size.* 2 .*got 3"):
+    with pytest.raises(ValueError, match=r"two .*input_size=\(4, 5, 6\) has three"):
         layer.nnx(input_size=(4, 5, 6))
 
 
@@ -131,6 +255,8 @@ def test_arguments_that_a_layer_has_settled_are_refused():
     make = grouped_conv_jax.nnx
     with pytest.raises(TypeError, match="DepthwiseConv takes no feature_group_count"):
         make.DepthwiseConv(6, 3, feature_group_count=2, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match="takes no out_features: it has in_features"):
+        make.DepthwiseConv(6, 3, out_features=12, rngs=nnx.Rngs(0))
     for name in ("strides", "padding", "input_dilation"):
         given: dict[str, Any] = {name: 1}
         with pytest.raises(TypeError, match=f"CausalConv takes no {name}"):

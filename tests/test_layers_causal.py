@@ -82,9 +82,64 @@ def test_the_state_has_the_dtype_of_the_computation():
         assert layer.initial_state(dtype=jnp.float16).dtype == jnp.float16
 
 
-def test_a_state_of_another_shape_or_dtype_is_refused():
+@pytest.mark.parametrize(
+    ("batch", "state", "error", "message"),
+    [
+        ((1,), jnp.zeros((1, 3, 6)), ValueError, r"last 4 inputs.*\(1, 4, 6\).*got .*\(1, 3, 6\)"),
+        # As many sequences, in other dimensions.
+        ((2, 3), jnp.zeros((6, 4, 6)), ValueError, r"state .*\(2, 3, 4, 6\).*got .*\(6, 4, 6\)"),
+        ((2,), jnp.zeros((4, 6)), ValueError, r"state .*\(2, 4, 6\).*got .*\(4, 6\)"),
+        ((2,), jnp.zeros(()), ValueError, r"state .*\(2, 4, 6\).*got shape \(\)"),
+        ((2,), [0.0], TypeError, "state must be an array, got list"),
+        (
+            (1,),
+            jnp.zeros((1, 4, 6), jnp.bfloat16),
+            TypeError,
+            "inputs and state.*float32.*bfloat16",
+        ),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused(batch, state, error, message):
+    x = LAYER.inputs(*batch)
+    with pytest.raises(error, match=message):
+        LAYER.nnx().stream(x, state)
+    with pytest.raises(error, match=message):
+        jax.eval_shape(
+            lambda key: LAYER.linen().init(key, x, state, method="stream"), jax.random.key(0)
+        )
+
+
+def test_a_chunk_without_its_time_is_refused_where_the_state_tells():
+    x, state = LAYER.inputs(2), jnp.zeros((2, 4, 6))
+    message = r"time axis\? One element of x is x\[:, t : t \+ 1\]"
+    with pytest.raises(ValueError, match=message):
+        LAYER.nnx().stream(x[:, 0], state)
+    with pytest.raises(ValueError, match=message):
+        LAYER.linen().init(jax.random.key(0), x[:, 0], state, method="stream")
+    assert LAYER.nnx().stream(x[:, :1], state)[0].shape == (2, 1, 12)
+
+
+@pytest.mark.parametrize(
+    ("batch_shape", "error", "message"),
+    [
+        ("ab", TypeError, "batch_shape must be a sequence of integers, got 'ab'"),
+        (-1, ValueError, r"batch_shape .* at least 0, got \(-1,\)"),
+        ((2, -3), ValueError, r"batch_shape .* at least 0, got \(2, -3\)"),
+        (2.0, TypeError, r"batch_shape .*2\.0"),
+        (True, TypeError, "batch_shape .*True"),
+        (np.array([[2, 3]]), TypeError, r"batch_shape .*\(1, 2\)"),
+    ],
+)
+def test_batch_shapes_that_are_none(batch_shape, error, message):
+    with pytest.raises(error, match=message):
+        LAYER.nnx().initial_state(batch_shape)
+    with pytest.raises(error, match=message):
+        LAYER.linen().initial_state(batch_shape, in_features=6)
+
+
+def test_batch_shapes():
     layer = LAYER.nnx()
-    with pytest.raises(ValueError, match=r"state must have the last 4 inputs.*\(1, 3, 6\)"):
-        layer.stream(LAYER.inputs(1), jnp.zeros((1, 3, 6)))
-    with pytest.raises(TypeError, match=r"lhs and state.*float32.*bfloat16"):
-        layer.stream(LAYER.inputs(1), jnp.zeros((1, 4, 6), jnp.bfloat16))
+    for given, batch in ((2, (2,)), (np.int64(2), (2,)), ((), ()), (np.array([2, 3]), (2, 3))):
+        assert layer.initial_state(given).shape == (*batch, 4, 6)
+    with pytest.raises(ValueError, match="in_features must be at least 1, got 0"):
+        LAYER.linen().initial_state(2, in_features=0)

@@ -168,13 +168,11 @@ def test_dtypes(layer):
 @each_layer
 def test_a_preferred_element_type_is_that_of_the_output(layer):
     settings: dict[str, Any] = dict(dtype=jnp.bfloat16, preferred_element_type=jnp.float32)
-    x = layer.inputs(2)
-    made = layer.nnx(**settings, use_bias=False)
-    assert jax.eval_shape(made, x).dtype == jnp.float32
-    if hasattr(layer.linen(), "preferred_element_type"):
-        of_linen = layer.linen(**settings)
+    x, of_linen = layer.inputs(2), layer.linen(**settings)
+    # Flax's own Conv leaves it to the addition to promote the bias.
+    with jax.numpy_dtype_promotion("standard"):
         y, _ = jax.eval_shape(of_linen.init_with_output, jax.random.key(0), x)
-        assert y.dtype == jnp.float32
+        assert jax.eval_shape(layer.nnx(**settings), x).dtype == y.dtype == jnp.float32
 
 
 @each_layer
@@ -190,6 +188,23 @@ def test_precision_and_implementation_are_passed_on(layer):
         for equation in found:
             assert equation.params["implementation"] == "dense"
             assert equation.params["spec"].precision == "highest"
+
+
+@pytest.mark.parametrize("name", ["GroupedConv", "DepthwiseConv", "CausalConv"])
+def test_the_implementation_may_be_set_afterwards(name):
+    layer = FAMILY[name]
+    made, x = layer.nnx(), layer.inputs(2)
+    made.implementation = "patches"
+    (equation,) = convolutions(made, x)
+    assert equation.params["implementation"] == "patches"
+    another = layer.nnx(implementation="patches")
+    assert nnx.graphdef(made) == nnx.graphdef(another)
+    assert made.conv_general_dilated == another.conv_general_dilated
+    made.implementation = "fast"
+    with pytest.raises(ValueError, match="unknown implementation 'fast'"):
+        made(x)
+    with pytest.raises(TypeError, match=f"{name} .* takes no conv_general_dilated"):
+        made.conv_general_dilated = jax.lax.conv_general_dilated
 
 
 @each_layer

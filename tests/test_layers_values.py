@@ -129,7 +129,7 @@ def test_transposed_in_groups(spatial, settings, padding, transpose_kernel):
 def test_local_in_groups():
     layer = Layer(
         "GroupedConvLocal",
-        dict(kernel_size=(3, 2), strides=(1, 2), feature_group_count=3, padding=("CIRCULAR", 0)),
+        dict(kernel_size=(3, 2), strides=(1, 2), feature_group_count=3, padding=["CIRCULAR", 0]),
         (4, 5),
     )
     params, x, y = run(layer, 2)
@@ -153,8 +153,9 @@ PADDINGS: dict[str, tuple[Any, Any]] = {
     "a string for each": (("CAUSAL", "REFLECT"), ("CAUSAL", "REFLECT")),
     "a list": (["VALID", "same"], ("VALID", "SAME")),
     "an integer": (1, [(1, 1), (1, 1)]),
-    "a string and an integer": (("REPLICATE", 2), ("REPLICATE", (2, 2))),
+    "a string and an integer": (["REPLICATE", 2], ["REPLICATE", (2, 2)]),
     "a mode with its pair": ((("circular", [2, 0]), [1, 0]), [("CIRCULAR", (2, 0)), (1, 0)]),
+    "a mode with an integer": ([("REFLECT", 1)] * 2, [("REFLECT", (1, 1))] * 2),
     "none of its own": ((("CIRCULAR", None), (0, 1)), ["CIRCULAR", (0, 1)]),
 }
 

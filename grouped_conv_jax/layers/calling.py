@@ -50,14 +50,25 @@ def prepared(
         dimensions.
     """
     if mask is not None:
-        if mask.shape != kernel.shape:
-            raise ValueError(
-                f"mask must have the shape of the kernel, {kernel.shape}, got {mask.shape}"
-            )
+        check_mask(mask, kernel.shape)
         kernel = kernel * mask.astype(kernel.dtype)
     batch = batch_shape(inputs, rank)
     inputs, kernel, bias = promote(inputs, kernel, bias)
     return Call(flattened(inputs, rank), kernel, bias, batch)
+
+
+def check_mask(mask: Any, kernel_shape: tuple[int, ...]) -> None:
+    """Raises TypeError or ValueError unless it is an array of the kernel's shape, or None."""
+    if mask is None:
+        return
+    if (shape := arguments.array_type("mask", mask).shape) != kernel_shape:
+        raise ValueError(f"mask must have the shape of the kernel, {kernel_shape}, got {shape}")
+
+
+def features_of(inputs: Any, rank: int) -> int:
+    """The last dimension, of inputs of enough dimensions."""
+    batch_shape(inputs, rank)
+    return inputs.shape[-1]
 
 
 def batch_shape(inputs: Any, rank: int) -> tuple[int, ...]:

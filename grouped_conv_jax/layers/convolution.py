@@ -8,24 +8,26 @@ import jax
 from grouped_conv_jax import arguments
 from grouped_conv_jax.algorithms import check_name
 from grouped_conv_jax.conv import grouped_conv
+from grouped_conv_jax.layers.calling import Call
 from grouped_conv_jax.layers.window import Window
 
 
 @dataclasses.dataclass(frozen=True)
 class Convolution:
-    """`grouped_conv` with its `implementation` settled, equal and hashable by value.
+    """`grouped_conv` with what Flax's layer does not pass to it, equal and hashable by value.
 
     A layer keeps it as static data; a closure in its place would differ from layer to layer, and
     jit would compile equal layers again.
     """
 
     implementation: str | None = None
+    preferred_element_type: Any = None
 
     def __post_init__(self):
         check_name(self.implementation)
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
-        return grouped_conv(*args, **kwargs, implementation=self.implementation)
+        return grouped_conv(*args, **{**vars(self), **kwargs})
 
 
 def check_no_other_convolution(layer: str, **functions: Any) -> None:
@@ -45,6 +47,15 @@ def check_takes_no(layer: str, reason: str, given: Any, *names: str) -> None:
             raise TypeError(f"{layer} takes no {name}: {reason}")
 
 
+def sizes(**features: Any) -> tuple[int, ...]:
+    """Numbers of features, by the names of the arguments.
+
+    Raises:
+      ValueError, TypeError: one is not an integer of at least 1.
+    """
+    return tuple(arguments.group_count(name, size) for name, size in features.items())
+
+
 def check_features(in_features: int, out_features: int, feature_group_count: Any) -> int:
     """The number of groups, which divides both.
 
@@ -62,27 +73,19 @@ def multiplied(features: int, channel_multiplier: Any) -> int:
     return features * arguments.group_count("channel_multiplier", channel_multiplier)
 
 
-@dataclasses.dataclass(frozen=True)
-class Grouped:
-    """What a layer computes of its inputs, (N, *spatial, features), and its kernel."""
-
-    window: Window
-    feature_group_count: int
-    precision: Any = None
-    preferred_element_type: Any = None
-    implementation: str | None = None
-
-    def __call__(self, inputs: jax.Array, kernel: jax.Array) -> jax.Array:
-        return grouped_conv(
-            inputs,
-            kernel,
-            self.window.strides,
-            self.window.padding,
-            self.window.input_dilation,
-            self.window.kernel_dilation,
-            self.window.dimension_numbers,
-            self.feature_group_count,
-            precision=self.precision,
-            preferred_element_type=self.preferred_element_type,
-            implementation=self.implementation,
-        )
+def convolved(layer: Any, call: Call, window: Window, feature_group_count: int) -> jax.Array:
+    """The output of a layer of nnx or linen, by its settings."""
+    outputs = grouped_conv(
+        call.inputs,
+        call.kernel,
+        window.strides,
+        window.padding,
+        window.input_dilation,
+        window.kernel_dilation,
+        window.dimension_numbers,
+        feature_group_count,
+        precision=layer.precision,
+        preferred_element_type=layer.preferred_element_type,
+        implementation=layer.implementation,
+    )
+    return call.finished(outputs)

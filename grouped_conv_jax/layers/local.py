@@ -53,7 +53,8 @@ class Local:
         inputs: jax.Array,
         kernel: jax.Array,
         precision: Any,
-        preferred_element_type: Any = None,
+        preferred_element_type: Any,
+        out_sharding: Any = None,
     ) -> jax.Array:
         return grouped_conv_local(
             inputs,
@@ -67,6 +68,7 @@ class Local:
             precision,
             feature_group_count=self.feature_group_count,
             preferred_element_type=preferred_element_type,
+            out_sharding=out_sharding,
         )
 
 

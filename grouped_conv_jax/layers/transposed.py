@@ -8,7 +8,7 @@ import jax
 from grouped_conv_jax import arguments
 from grouped_conv_jax.algorithms import check_name
 from grouped_conv_jax.layers.convolution import check_features
-from grouped_conv_jax.layers.window import Window, is_integer, window
+from grouped_conv_jax.layers.window import Window, for_each, window
 from grouped_conv_jax.padding import TRANSPOSED
 from grouped_conv_jax.transpose import grouped_conv_transpose
 
@@ -33,7 +33,12 @@ class Transposed:
         return (*self.window.kernel_size, in_features // groups, out_features)
 
     def __call__(
-        self, inputs: jax.Array, kernel: jax.Array, precision: Any, preferred_element_type: Any
+        self,
+        inputs: jax.Array,
+        kernel: jax.Array,
+        precision: Any,
+        preferred_element_type: Any,
+        out_sharding: Any = None,
     ) -> jax.Array:
         return grouped_conv_transpose(
             inputs,
@@ -47,6 +52,7 @@ class Transposed:
             precision,
             preferred_element_type,
             output_padding=self.output_padding,
+            out_sharding=out_sharding,
             implementation=self.implementation,
         )
 
@@ -57,7 +63,7 @@ def transposed(
     padding: Any,
     kernel_dilation: Any,
     feature_group_count: Any,
-    transpose_kernel: bool,
+    transpose_kernel: Any,
     output_padding: Any,
     implementation: str | None,
 ) -> Transposed:
@@ -68,13 +74,12 @@ def transposed(
     """
     check_name(implementation)
     made = window(kernel_size, strides, padding, 1, kernel_dilation, TRANSPOSED)
-    if is_integer(output_padding):
-        output_padding = (output_padding,) * made.rank
+    transpose_kernel = arguments.flag("transpose_kernel", transpose_kernel)
     return Transposed(
         _with_circular_pairs(made) if transpose_kernel else made,
         arguments.group_count("feature_group_count", feature_group_count),
         transpose_kernel,
-        arguments.integers("output_padding", output_padding, made.rank, least=0, default=0),
+        for_each("output_padding", output_padding, made.kernel_size, default=0, least=0),
         implementation,
     )
 
@@ -98,14 +103,9 @@ def _with_circular_pairs(made: Window) -> Window:
     positions to put beyond the ends, one more goes before than after; with `transpose_kernel` one
     more after, as in Flax: so it is the transpose of the circular convolution with that kernel.
     """
-    entries = made.padding
-    if isinstance(entries, str):
-        entries = ((entries, None),) * made.rank
-    if CIRCULAR not in entries:
-        return made
     pairs = tuple(
         (entry[0], _circular(size, stride)) if entry == CIRCULAR else entry
-        for entry, size, stride in zip(entries, made.sizes, made.strides, strict=True)
+        for entry, size, stride in zip(made.padding, made.sizes, made.strides, strict=True)
     )
     return dataclasses.replace(made, padding=pairs)
 

@@ -1,19 +1,18 @@
 """How a layer's window moves: its size, strides, dilations and padding, in one form of each.
 
 Flax's layers take an integer for all spatial dimensions or one for each, and so do these. The
-padding is kept in a form that Flax's `Conv` passes on as it is: a string, or a pair for each
-dimension, which for a string of its own is (string, None).
+padding is kept in a form that Flax's `Conv` passes on as it is, a pair for each dimension, which
+for a string is (string, None): whatever is put beyond the ends is the operation's affair.
 """
 
 import dataclasses
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jax import lax
 
 from grouped_conv_jax import arguments
-from grouped_conv_jax.padding import FORWARD, Geometry, pads
+from grouped_conv_jax.padding import FORWARD, Geometry, is_of_one_dimension, pads
 
 LayerPadding = int | str | Sequence[Any]
 """What layers take: an integer (both sides of all dimensions), or what `grouped_conv` takes, with
@@ -22,11 +21,11 @@ an integer for the two of a pair."""
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """Everything has an entry for each spatial dimension; the padding may be a string for all."""
+    """Everything has an entry for each spatial dimension."""
 
     kernel_size: tuple[int, ...]
     strides: tuple[int, ...]
-    padding: str | tuple[tuple[Any, Any], ...]
+    padding: tuple[tuple[Any, Any], ...]
     input_dilation: tuple[int, ...]
     kernel_dilation: tuple[int, ...]
 
@@ -62,52 +61,100 @@ def window(
     Raises:
       ValueError, TypeError: an argument is wrong; the message says which and how to mend it.
     """
+    kernel_size = _entries(kernel_size)
     taps = (kernel_size,) if is_integer(kernel_size) else kernel_size
-    rank = len(list(taps)) if isinstance(taps, Iterable) else 1
     made = Window(
-        kernel_size=arguments.integers("kernel_size", taps, rank),
-        strides=for_each("strides", strides, rank),
-        padding="VALID",
-        input_dilation=for_each("input_dilation", input_dilation, rank),
-        kernel_dilation=for_each("kernel_dilation", kernel_dilation, rank),
+        kernel_size=arguments.integers("kernel_size", taps, rank_of(kernel_size)),
+        strides=for_each("strides", strides, kernel_size),
+        padding=(),
+        input_dilation=for_each("input_dilation", input_dilation, kernel_size),
+        kernel_dilation=for_each("kernel_dilation", kernel_dilation, kernel_size),
     )
-    padding = _padding(padding, made.rank)
-    pads(padding, [Geometry(1, size, 1) for size in made.sizes], dict(known))
-    return dataclasses.replace(made, padding=padding)
+    return dataclasses.replace(made, padding=padding_of(padding, kernel_size, known))
+
+
+def padding_of(
+    padding: Any, kernel_size: Any, known: Mapping[str, Any] = FORWARD
+) -> tuple[tuple[Any, Any], ...]:
+    """The padding of a layer: for each spatial dimension a pair, or a string or mode and its pair.
+
+    Raises:
+      ValueError, TypeError: it is none; the message says what would do.
+    """
+    padding, kernel_size = _entries(padding), _entries(kernel_size)
+    any_size = [Geometry(1, 1, 1)] * rank_of(kernel_size)
+    if isinstance(padding, tuple) and is_of_one_dimension(padding):
+        pads(padding, any_size)  # Says what to write instead.
+    if isinstance(padding, str) or is_integer(padding):
+        padding = (padding,) * rank_of(kernel_size)
+    _check_one_for_each("padding", padding, kernel_size)
+    entries = tuple(map(_entry, padding)) if isinstance(padding, Sequence) else padding
+    pads(entries, any_size, dict(known))
+    return entries
 
 
 def is_integer(value: Any) -> bool:
+    """Whether it is one, of Python or NumPy. Booleans are none."""
     try:
-        operator.index(value)
+        arguments.integer("value", value)
     except TypeError:
         return False
     return True
 
 
-def for_each(name: str, value: Any, rank: int) -> tuple[int, ...]:
-    """An integer for each spatial dimension, of one for all (None: 1) or one for each."""
+def rank_of(kernel_size: Any) -> int:
+    """The number of spatial dimensions of a layer."""
+    return len(kernel_size) if isinstance(kernel_size, Sequence) else 1
+
+
+def for_each(
+    name: str, value: Any, kernel_size: Any, default: int = 1, least: int = 1
+) -> tuple[int, ...]:
+    """An integer for each spatial dimension, of one for all (None: the default) or one for each."""
+    rank, value = rank_of(kernel_size), _entries(value)
     if value is None or is_integer(value):
-        value = (1 if value is None else value,) * rank
-    return arguments.integers(name, value, rank)
+        value = (default if value is None else value,) * rank
+    _check_one_for_each(name, value, kernel_size)
+    return arguments.integers(name, value, rank, least=least)
 
 
-def _padding(padding: Any, rank: int) -> Any:
-    """In one form; what is no padding stays as it is."""
-    # Flax's Conv knows CAUSAL of one dimension only.
-    if isinstance(padding, str) and (rank == 1 or padding.upper() != "CAUSAL"):
-        return padding.upper()
-    if isinstance(padding, str) or is_integer(padding):
-        padding = (padding,) * rank
-    return tuple(map(_entry, padding)) if isinstance(padding, Iterable) else padding
+def _entries(value: Any) -> Any:
+    """What may be iterated over once only, or has a truth value for each entry, as a tuple."""
+    if isinstance(value, str | bytes | Sequence) or not isinstance(value, Iterable):
+        return value
+    return value if is_integer(value) else tuple(value)
+
+
+def _check_one_for_each(name: str, value: Any, kernel_size: Any) -> None:
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        return
+    if len(value) != rank_of(kernel_size):
+        rank = rank_of(kernel_size)
+        raise ValueError(
+            f"kernel_size={kernel_size} has {_in_words(rank)} spatial dimension"
+            f"{'' if rank == 1 else 's'}, but {name}={value} has {_in_words(len(value))}"
+        )
+
+
+def _in_words(count: int) -> str:
+    words = ("none", "one", "two", "three")
+    return words[count] if count < len(words) else str(count)
 
 
 def _entry(entry: Any) -> Any:
-    if is_integer(entry):
-        return operator.index(entry), operator.index(entry)
+    """In one form; what is no padding stays as it is."""
     if isinstance(entry, str):
         return entry.upper(), None
-    parts = tuple(entry) if isinstance(entry, Iterable) else ()
-    if len(parts) != 2 or not isinstance(parts[0], str):
-        return parts or entry
-    name, amounts = parts
-    return name.upper(), tuple(amounts) if isinstance(amounts, Iterable) else amounts
+    parts = _pair(entry)
+    if not isinstance(parts, tuple) or len(parts) != 2 or not isinstance(parts[0], str):
+        return parts
+    return parts[0].upper(), _pair(parts[1])
+
+
+def _pair(amounts: Any) -> Any:
+    """An integer stands for two."""
+    if is_integer(amounts):
+        return (arguments.integer("padding", amounts),) * 2
+    if isinstance(amounts, str) or not isinstance(amounts, Iterable):
+        return amounts
+    return tuple(arguments.integer("padding", x) if is_integer(x) else x for x in amounts)

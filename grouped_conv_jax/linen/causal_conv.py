@@ -9,7 +9,8 @@ from flax import linen
 from flax.linen.dtypes import promote_dtype as flax_promote_dtype
 
 from grouped_conv_jax.layers import causal
-from grouped_conv_jax.layers.convolution import check_features
+from grouped_conv_jax.layers.calling import Call, features_of
+from grouped_conv_jax.layers.convolution import check_features, convolved, sizes
 from grouped_conv_jax.linen.parameters import call
 
 
@@ -76,7 +77,9 @@ class CausalConv(linen.Module):
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Convolves whole sequences, (*batch, time, in_features)."""
-        return self.stream(inputs)[0]
+        prepared, groups = self._prepared(inputs)
+        made = causal.causal_window(self.kernel_size, self.kernel_dilation)
+        return convolved(self, prepared, made, groups)
 
     def initial_state(
         self, batch_shape: int | Sequence[int] = (), *, in_features: int, dtype: Any = None
@@ -91,10 +94,12 @@ class CausalConv(linen.Module):
 
         Returns:
           (*batch_shape, (kernel_size - 1) * kernel_dilation, in_features), what `stream` carries.
+
+        Raises:
+          ValueError, TypeError: an argument is wrong; the message says which.
         """
         return causal.initial_state(self, batch_shape, in_features, dtype)
 
-    @linen.compact
     def stream(
         self, inputs: jax.Array, state: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
@@ -107,11 +112,19 @@ class CausalConv(linen.Module):
         Returns:
           The chunk's part of the output, and the state after it, in the dtype of the computation.
           Its shape does not depend on the chunk, so that `jax.lax.scan` can carry it.
+
+        Raises:
+          ValueError, TypeError: the inputs or the state do not fit; the message says why.
         """
+        prepared, groups = self._prepared(inputs)
+        return causal.stream(self, prepared, state, groups)
+
+    @linen.compact
+    def _prepared(self, inputs: jax.Array) -> tuple[Call, int]:
+        """What is convolved, and the number of groups."""
         taps = causal.causal_window(self.kernel_size, self.kernel_dilation).kernel_size
-        in_features = inputs.shape[-1]
+        in_features, (features,) = features_of(inputs, len(taps)), sizes(features=self.features)
         groups = in_features if self.feature_group_count is None else self.feature_group_count
-        groups = check_features(in_features, self.features, groups)
-        kernel_shape = (*taps, in_features // groups, self.features)
-        made = call(self, inputs, len(taps), kernel_shape, (self.features,))
-        return causal.stream(self, made, state, groups)
+        groups = check_features(in_features, features, groups)
+        kernel_shape = (*taps, in_features // groups, features)
+        return call(self, inputs, len(taps), kernel_shape, (features,)), groups

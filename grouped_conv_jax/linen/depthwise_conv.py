@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from flax import linen
 from flax.linen.dtypes import promote_dtype as flax_promote_dtype
 
-from grouped_conv_jax.layers.convolution import Grouped, multiplied
-from grouped_conv_jax.layers.window import LayerPadding, window
+from grouped_conv_jax.layers.calling import features_of
+from grouped_conv_jax.layers.convolution import convolved, multiplied
+from grouped_conv_jax.layers.window import LayerPadding, padding_of, window
 from grouped_conv_jax.linen.parameters import call
 
 
@@ -40,8 +41,8 @@ class DepthwiseConv(linen.Module):
       implementation: a name from `grouped_conv_jax.implementations()`, or None to choose.
 
     Raises:
-      ValueError, TypeError: when called, if an attribute is wrong; the message says which and how
-        to mend it.
+      ValueError, TypeError: when made or called, if an attribute is wrong; the message says which
+        and how to mend it.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -73,16 +74,18 @@ class DepthwiseConv(linen.Module):
     preferred_element_type: Any = None
     implementation: str | None = None
 
+    def __post_init__(self):
+        # Here, since linen makes tuples of lists.
+        self.padding = padding_of(self.padding, self.kernel_size)
+        super().__post_init__()
+
     @linen.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Convolves `inputs`, (*batch, *spatial, in_features)."""
-        in_features = inputs.shape[-1]
-        features = multiplied(in_features, self.channel_multiplier)
         made = window(
             self.kernel_size, self.strides, self.padding, self.input_dilation, self.kernel_dilation
         )
-        operation = Grouped(
-            made, in_features, self.precision, self.preferred_element_type, self.implementation
-        )
-        convolved = call(self, inputs, made.rank, (*made.kernel_size, 1, features), (features,))
-        return convolved.finished(operation(convolved.inputs, convolved.kernel))
+        in_features = features_of(inputs, made.rank)
+        features = multiplied(in_features, self.channel_multiplier)
+        prepared = call(self, inputs, made.rank, (*made.kernel_size, 1, features), (features,))
+        return convolved(self, prepared, made, in_features)

@@ -1,15 +1,17 @@
 """`GroupedConv`: Flax's own layer, with the operation injected."""
 
 import dataclasses
+from typing import Any
 
 import jax
 from flax import linen
 
-from grouped_conv_jax.layers.calling import batch_shape
+from grouped_conv_jax.layers.calling import check_mask, features_of
 from grouped_conv_jax.layers.convolution import (
     Convolution,
     check_features,
     check_no_other_convolution,
+    sizes,
 )
 from grouped_conv_jax.layers.window import LayerPadding, window
 
@@ -25,8 +27,10 @@ class GroupedConv(linen.Conv):
 
     Attributes are those of `flax.linen.Conv` (mask, dtypes, initialisers and the rest), of which
     `feature_group_count` is required; `padding` takes all that `grouped_conv` takes, modes for each
-    dimension too, and Flax's integers; and `implementation`: a name from
-    `grouped_conv_jax.implementations()`, or None to choose.
+    dimension too, and Flax's integers; and
+
+      preferred_element_type: dtype of the output.
+      implementation: a name from `grouped_conv_jax.implementations()`, or None to choose.
 
     Raises:
       ValueError, TypeError: when made, if an attribute is wrong; when called, if the groups do not
@@ -43,6 +47,7 @@ class GroupedConv(linen.Conv):
 
     padding: LayerPadding = "SAME"
     feature_group_count: int = dataclasses.field(kw_only=True)
+    preferred_element_type: Any = dataclasses.field(default=None, kw_only=True)
     implementation: str | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self):
@@ -51,7 +56,7 @@ class GroupedConv(linen.Conv):
             conv_general_dilated=self.conv_general_dilated,
             conv_general_dilated_cls=self.conv_general_dilated_cls,
         )
-        self.conv_general_dilated = Convolution(self.implementation)
+        self.conv_general_dilated = Convolution(self.implementation, self.preferred_element_type)
         self.padding = window(
             self.kernel_size,
             self.strides,
@@ -63,6 +68,8 @@ class GroupedConv(linen.Conv):
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Convolves `inputs`, (*batch, *spatial, in_features)."""
-        batch_shape(inputs, window(self.kernel_size).rank)
-        check_features(inputs.shape[-1], self.features, self.feature_group_count)
+        taps = window(self.kernel_size).kernel_size
+        in_features, (features,) = features_of(inputs, len(taps)), sizes(features=self.features)
+        groups = check_features(in_features, features, self.feature_group_count)
+        check_mask(self.mask, (*taps, in_features // groups, features))
         return super().__call__(inputs)

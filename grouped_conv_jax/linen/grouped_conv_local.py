@@ -1,14 +1,15 @@
 """`GroupedConvLocal`: a kernel of its own at each position."""
 
 import dataclasses
+from typing import Any
 
 import jax
 from flax import linen
 
 from grouped_conv_jax.layers.calling import batch_shape
-from grouped_conv_jax.layers.convolution import check_no_other_convolution
+from grouped_conv_jax.layers.convolution import check_no_other_convolution, sizes
 from grouped_conv_jax.layers.local import local_of
-from grouped_conv_jax.layers.window import LayerPadding
+from grouped_conv_jax.layers.window import LayerPadding, padding_of
 from grouped_conv_jax.linen.parameters import call
 
 
@@ -26,11 +27,12 @@ class GroupedConvLocal(linen.ConvLocal):
     1))` in two dimensions.
 
     Attributes are those of `flax.linen.ConvLocal`, of which `feature_group_count` is required and
-    `padding` takes all that `grouped_conv` takes.
+    `padding` takes all that `grouped_conv` takes; and `preferred_element_type`, the dtype of the
+    output.
 
     Raises:
-      ValueError, TypeError: when called, if an attribute is wrong; the message says which and how
-        to mend it.
+      ValueError, TypeError: when made or called, if an attribute is wrong; the message says which
+        and how to mend it.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -43,6 +45,7 @@ class GroupedConvLocal(linen.ConvLocal):
 
     padding: LayerPadding = "SAME"
     feature_group_count: int = dataclasses.field(kw_only=True)
+    preferred_element_type: Any = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self):
         check_no_other_convolution(
@@ -50,6 +53,8 @@ class GroupedConvLocal(linen.ConvLocal):
             conv_general_dilated=self.conv_general_dilated,
             conv_general_dilated_cls=self.conv_general_dilated_cls,
         )
+        # Here, since linen makes tuples of lists.
+        self.padding = padding_of(self.padding, self.kernel_size)
         super().__post_init__()
 
     @linen.compact
@@ -57,7 +62,11 @@ class GroupedConvLocal(linen.ConvLocal):
         """Convolves `inputs`, (*batch, *spatial, in_features)."""
         operation = local_of(self)
         rank = operation.window.rank
-        positions = operation.positions(inputs.shape[len(batch_shape(inputs, rank)) : -1])
-        shape = operation.kernel_shape(positions, inputs.shape[-1], self.features)
-        made = call(self, inputs, rank, shape, (*positions, self.features))
-        return made.finished(operation(made.inputs, made.kernel, self.precision))
+        batch = batch_shape(inputs, rank)
+        positions = operation.positions(inputs.shape[len(batch) : -1])
+        (features,) = sizes(features=self.features)
+        shape = operation.kernel_shape(positions, inputs.shape[-1], features)
+        made = call(self, inputs, rank, shape, (*positions, features))
+        return made.finished(
+            operation(made.inputs, made.kernel, self.precision, self.preferred_element_type)
+        )

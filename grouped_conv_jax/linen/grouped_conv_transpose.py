@@ -6,9 +6,12 @@ from collections.abc import Sequence
 import jax
 from flax import linen
 
+from grouped_conv_jax.layers.calling import features_of
+from grouped_conv_jax.layers.convolution import sizes
 from grouped_conv_jax.layers.transposed import transposed_of
-from grouped_conv_jax.layers.window import LayerPadding
+from grouped_conv_jax.layers.window import LayerPadding, padding_of
 from grouped_conv_jax.linen.parameters import call
+from grouped_conv_jax.padding import TRANSPOSED
 
 
 class GroupedConvTranspose(linen.ConvTranspose):
@@ -34,8 +37,8 @@ class GroupedConvTranspose(linen.ConvTranspose):
       implementation: a name from `grouped_conv_jax.implementations()`, or None to choose.
 
     Raises:
-      ValueError, TypeError: when called, if an attribute is wrong; the message says which and how
-        to mend it.
+      ValueError, TypeError: when made or called, if an attribute is wrong; the message says which
+        and how to mend it.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -51,12 +54,18 @@ class GroupedConvTranspose(linen.ConvTranspose):
     output_padding: int | Sequence[int] | None = dataclasses.field(default=None, kw_only=True)
     implementation: str | None = dataclasses.field(default=None, kw_only=True)
 
+    def __post_init__(self):
+        # Here, since linen makes tuples of lists.
+        self.padding = padding_of(self.padding, self.kernel_size, TRANSPOSED)
+        super().__post_init__()
+
     @linen.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Convolves `inputs`, (*batch, *spatial, in_features)."""
         operation = transposed_of(self)
-        shape = operation.kernel_shape(inputs.shape[-1], self.features)
-        made = call(self, inputs, operation.window.rank, shape, (self.features,))
+        rank, (features,) = operation.window.rank, sizes(features=self.features)
+        shape = operation.kernel_shape(features_of(inputs, rank), features)
+        made = call(self, inputs, rank, shape, (features,))
         return made.finished(
             operation(made.inputs, made.kernel, self.precision, self.preferred_element_type)
         )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen
 from flax.linen.dtypes import promote_dtype as flax_promote_dtype
 
-from grouped_conv_jax.layers.window import LayerPadding, window
+from grouped_conv_jax.layers.window import LayerPadding, padding_of, window
 from grouped_conv_jax.linen.depthwise_conv import DepthwiseConv
 from grouped_conv_jax.linen.grouped_conv import GroupedConv
 
@@ -39,11 +39,12 @@ class SeparableConv(linen.Module):
       pointwise_init: initializer for the kernel of `pointwise`.
       bias_init: initializer for the bias.
       promote_dtype: as in `flax.linen.Conv`.
+      preferred_element_type: dtype of the output.
       implementation: a name from `grouped_conv_jax.implementations()`, or None to choose.
 
     Raises:
-      ValueError, TypeError: when called, if an attribute is wrong; the message says which and how
-        to mend it.
+      ValueError, TypeError: when made or called, if an attribute is wrong; the message says which
+        and how to mend it.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -74,7 +75,13 @@ class SeparableConv(linen.Module):
     pointwise_init: Callable[..., Any] = linen.initializers.lecun_normal()
     bias_init: Callable[..., Any] = linen.initializers.zeros_init()
     promote_dtype: Any = flax_promote_dtype
+    preferred_element_type: Any = None
     implementation: str | None = None
+
+    def __post_init__(self):
+        # Here, since linen makes tuples of lists.
+        self.padding = padding_of(self.padding, self.kernel_size)
+        super().__post_init__()
 
     @linen.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
@@ -107,6 +114,7 @@ class SeparableConv(linen.Module):
             mask=self.pointwise_mask,
             kernel_init=self.pointwise_init,
             bias_init=self.bias_init,
+            preferred_element_type=self.preferred_element_type,
             name="pointwise",
             **shared,
         )

@@ -9,6 +9,7 @@ from flax import nnx
 from grouped_conv_jax.layers import causal
 from grouped_conv_jax.layers.convolution import check_takes_no
 from grouped_conv_jax.nnx.grouped_conv import GroupedConv
+from grouped_conv_jax.nnx.names import with_names_of_flax
 from grouped_conv_jax.nnx.parameters import call
 
 
@@ -51,6 +52,7 @@ class CausalConv(GroupedConv):
       van den Oord et al., "WaveNet: A Generative Model for Raw Audio", 2016.
     """
 
+    @with_names_of_flax
     def __init__(
         self,
         in_features: int,
@@ -94,20 +96,29 @@ class CausalConv(GroupedConv):
 
         Returns:
           (*batch_shape, (kernel_size - 1) * kernel_dilation, in_features), what `stream` carries.
+
+        Raises:
+          ValueError, TypeError: `batch_shape` is not made of sizes.
         """
         return causal.initial_state(self, batch_shape, self.in_features, dtype)
 
     def stream(
-        self, inputs: jax.Array, state: jax.Array | None = None
+        self, inputs: jax.Array, state: jax.Array | None = None, out_sharding: Any = None
     ) -> tuple[jax.Array, jax.Array]:
         """Convolves the next chunk of a sequence, of any length.
 
         Args:
           inputs: (*batch, time, in_features).
           state: what the chunk before returned; `initial_state` or None before the first.
+          out_sharding: of the chunk's part of the output, as in `nnx.Conv`.
 
         Returns:
           The chunk's part of the output, and the state after it, in the dtype of the computation.
           Its shape does not depend on the chunk, so that `jax.lax.scan` can carry it.
+
+        Raises:
+          ValueError, TypeError: the inputs or the state do not fit; the message says why.
         """
-        return causal.stream(self, call(self, inputs), state, self.feature_group_count)
+        return causal.stream(
+            self, call(self, inputs), state, self.feature_group_count, out_sharding=out_sharding
+        )

@@ -5,8 +5,9 @@ from typing import Any
 
 from flax import nnx
 
-from grouped_conv_jax.layers.convolution import check_takes_no, multiplied
+from grouped_conv_jax.layers.convolution import check_takes_no, multiplied, sizes
 from grouped_conv_jax.nnx.grouped_conv import GroupedConv
+from grouped_conv_jax.nnx.names import with_names_of_flax
 
 
 class DepthwiseConv(GroupedConv):
@@ -44,6 +45,7 @@ class DepthwiseConv(GroupedConv):
       Applications", 2017.
     """
 
+    @with_names_of_flax
     def __init__(
         self,
         in_features: int,
@@ -56,6 +58,10 @@ class DepthwiseConv(GroupedConv):
         **kwargs: Any,
     ):
         check_takes_no("DepthwiseConv", "each feature is a group", kwargs, "feature_group_count")
+        check_takes_no(
+            "DepthwiseConv", "it has in_features * channel_multiplier", kwargs, "out_features"
+        )
+        (in_features,) = sizes(in_features=in_features)
         super().__init__(
             in_features,
             multiplied(in_features, channel_multiplier),

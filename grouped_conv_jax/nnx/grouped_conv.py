@@ -6,12 +6,15 @@ from typing import Any
 import jax
 from flax import nnx
 
+from grouped_conv_jax.layers.calling import check_mask
 from grouped_conv_jax.layers.convolution import (
     Convolution,
     check_features,
     check_no_other_convolution,
+    sizes,
 )
 from grouped_conv_jax.layers.window import LayerPadding, window
+from grouped_conv_jax.nnx.names import with_names_of_flax
 from grouped_conv_jax.nnx.parameters import check_inputs
 
 
@@ -54,6 +57,7 @@ class GroupedConv(nnx.Conv):
       (1, 5, 5, 12)
     """
 
+    @with_names_of_flax
     def __init__(
         self,
         in_features: int,
@@ -72,7 +76,8 @@ class GroupedConv(nnx.Conv):
         check_no_other_convolution(
             type(self).__name__, conv_general_dilated=kwargs.pop("conv_general_dilated", None)
         )
-        check_features(in_features, out_features, feature_group_count)
+        in_features, out_features = sizes(in_features=in_features, out_features=out_features)
+        groups = check_features(in_features, out_features, feature_group_count)
         made = window(kernel_size, strides, padding, input_dilation, kernel_dilation)
         super().__init__(
             in_features,
@@ -82,12 +87,22 @@ class GroupedConv(nnx.Conv):
             padding=made.padding,
             input_dilation=made.input_dilation,
             kernel_dilation=made.kernel_dilation,
-            feature_group_count=feature_group_count,
+            feature_group_count=groups,
             conv_general_dilated=Convolution(implementation),
             rngs=rngs,
             **kwargs,
         )
-        self.implementation = implementation
+        check_mask(self.mask, self.kernel_shape)
+
+    @property
+    def conv_general_dilated(self) -> Convolution:
+        """What `nnx.Conv` calls: `grouped_conv` with the layer's `implementation`."""
+        return Convolution(self.implementation)
+
+    @conv_general_dilated.setter
+    def conv_general_dilated(self, function: Any) -> None:
+        check_no_other_convolution(type(self).__name__, conv_general_dilated=function)
+        self.implementation: str | None = function.implementation
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Convolves `inputs`, (*batch, *spatial, in_features); `out_sharding` as in `nnx.Conv`."""

@@ -9,8 +9,11 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype as flax_promote_dtype
 from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 
+from grouped_conv_jax.layers.calling import check_mask
+from grouped_conv_jax.layers.convolution import sizes
 from grouped_conv_jax.layers.local import local, local_of
 from grouped_conv_jax.layers.window import LayerPadding, for_each
+from grouped_conv_jax.nnx.names import with_names_of_flax
 from grouped_conv_jax.nnx.parameters import call
 
 
@@ -64,6 +67,7 @@ class GroupedConvLocal(nnx.Module):
       (1, 5, 5, 12)
     """
 
+    @with_names_of_flax
     def __init__(
         self,
         in_features: int,
@@ -92,11 +96,12 @@ class GroupedConvLocal(nnx.Module):
         operation = local(
             kernel_size, strides, padding, input_dilation, kernel_dilation, feature_group_count
         )
-        self.in_features = in_features
-        self.out_features = out_features
+        self.in_features, self.out_features = sizes(
+            in_features=in_features, out_features=out_features
+        )
         self.kernel_size = operation.window.kernel_size
         self.strides = operation.window.strides
-        self.input_size = for_each("input_size", input_size, operation.window.rank)
+        self.input_size = for_each("input_size", input_size, operation.window.kernel_size)
         self.padding = operation.window.padding
         self.input_dilation = operation.window.input_dilation
         self.kernel_dilation = operation.window.kernel_dilation
@@ -110,19 +115,25 @@ class GroupedConvLocal(nnx.Module):
         self.preferred_element_type = preferred_element_type
 
         self.output_size = operation.positions(self.input_size)
-        self.kernel_shape = operation.kernel_shape(self.output_size, in_features, out_features)
+        self.kernel_shape = operation.kernel_shape(
+            self.output_size, self.in_features, self.out_features
+        )
+        check_mask(mask, self.kernel_shape)
         self.kernel = nnx.Param(
             kernel_init(rngs.params(), self.kernel_shape, param_dtype), **kernel_metadata or {}
         )
         self.bias: nnx.Param[Any] | None = nnx.data(None)
         if use_bias:
-            shape = (*self.output_size, out_features)
+            shape = (*self.output_size, self.out_features)
             self.bias = nnx.Param(
                 bias_init(rngs.params(), shape, param_dtype), **bias_metadata or {}
             )
 
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Convolves `inputs`, (*batch, *input_size, in_features)."""
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """Convolves `inputs`, (*batch, *input_size, in_features).
+
+        `out_sharding` as in `nnx.Conv`.
+        """
         operation = local_of(self)
         made = call(self, inputs)
         if (size := made.inputs.shape[1:-1]) != self.input_size:
@@ -130,6 +141,7 @@ class GroupedConvLocal(nnx.Module):
                 f"inputs must have the spatial shape {self.input_size}, input_size when the layer "
                 f"was made, got {size}"
             )
-        return made.finished(
-            operation(made.inputs, made.kernel, self.precision, self.preferred_element_type)
+        outputs = operation(
+            made.inputs, made.kernel, self.precision, self.preferred_element_type, out_sharding
         )
+        return made.finished(outputs)

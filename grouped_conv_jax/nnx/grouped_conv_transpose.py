@@ -7,8 +7,11 @@ import jax
 from flax import nnx
 from flax.nnx.nn.linear import default_kernel_init
 
+from grouped_conv_jax.layers.calling import check_mask
+from grouped_conv_jax.layers.convolution import sizes
 from grouped_conv_jax.layers.transposed import transposed, transposed_of
 from grouped_conv_jax.layers.window import LayerPadding
+from grouped_conv_jax.nnx.names import with_names_of_flax
 from grouped_conv_jax.nnx.parameters import call, with_shape
 
 
@@ -60,6 +63,7 @@ class GroupedConvTranspose(nnx.ConvTranspose):
       (1, 10, 10, 12)
     """
 
+    @with_names_of_flax
     def __init__(
         self,
         in_features: int,
@@ -87,6 +91,7 @@ class GroupedConvTranspose(nnx.ConvTranspose):
             output_padding,
             implementation,
         )
+        in_features, out_features = sizes(in_features=in_features, out_features=out_features)
         shape = operation.kernel_shape(in_features, out_features)
         super().__init__(
             in_features,
@@ -95,20 +100,22 @@ class GroupedConvTranspose(nnx.ConvTranspose):
             operation.window.strides,
             padding=operation.window.padding,
             kernel_dilation=operation.window.kernel_dilation,
-            transpose_kernel=transpose_kernel,
+            transpose_kernel=operation.transpose_kernel,
             kernel_init=with_shape(kernel_init, shape),
             rngs=rngs,
             **kwargs,
         )
         self.kernel_shape = shape
+        check_mask(self.mask, shape)
         self.feature_group_count = operation.feature_group_count
         self.output_padding = operation.output_padding
         self.implementation = implementation
 
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Convolves `inputs`, (*batch, *spatial, in_features)."""
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """Convolves `inputs`, (*batch, *spatial, in_features); `out_sharding` as in `nnx.Conv`."""
         operation = transposed_of(self)
         made = call(self, inputs)
-        return made.finished(
-            operation(made.inputs, made.kernel, self.precision, self.preferred_element_type)
+        outputs = operation(
+            made.inputs, made.kernel, self.precision, self.preferred_element_type, out_sharding
         )
+        return made.finished(outputs)

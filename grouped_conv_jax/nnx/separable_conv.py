@@ -12,6 +12,7 @@ from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 from grouped_conv_jax.layers.window import LayerPadding
 from grouped_conv_jax.nnx.depthwise_conv import DepthwiseConv
 from grouped_conv_jax.nnx.grouped_conv import GroupedConv
+from grouped_conv_jax.nnx.names import with_names_of_flax
 
 
 class SeparableConv(nnx.Module):
@@ -65,6 +66,7 @@ class SeparableConv(nnx.Module):
       Chollet, "Xception: Deep Learning with Depthwise Separable Convolutions", 2017.
     """
 
+    @with_names_of_flax
     def __init__(
         self,
         in_features: int,
