@@ -36,14 +36,14 @@ def count_multiply_adds(function: Callable, *args: Any) -> int:
       function: a function of arrays or of trees of them; also a module of Flax nnx, with
         parameters or without (`nnx.eval_shape`). Of a module of linen it is `apply`, and the
         variables are the first of `args`.
-      *args: its arguments.
+      *args: its arguments; where only a shape is known a `jax.ShapeDtypeStruct`.
 
     Returns:
       The number of multiply-adds.
 
     Raises:
-      NotImplementedError: `function` has some of them in a `lax.while_loop`, which may run any
-        number of times, or has a convolution that is not a `grouped_conv`.
+      NotImplementedError: `function` has some of them in a `lax.while_loop` or a Pallas kernel,
+        which may run any number of times, or has a convolution that is not a `grouped_conv`.
 
     Example:
       >>> import jax
@@ -98,7 +98,7 @@ def count_bytes(function: Callable, *args: Any) -> int:
       *args: its arguments, arrays or `jax.ShapeDtypeStruct`.
 
     Returns:
-      The number of bytes.
+      The number of bytes; elements of 4 bits are half of one.
 
     Raises:
       NotImplementedError: as in `count_multiply_adds`.
@@ -145,17 +145,30 @@ def count_parameters(layer_or_tree: Any) -> int:
 # The walk.
 
 
+_MATRIX_PRODUCTS = "dot_general", "ragged_dot_general", "scaled_dot"
+_OTHERS = "conv_general_dilated", "scaled_matmul_wrapper"
+
+
 def _traced(function: Callable, args: tuple[Any, ...]) -> Any:
     nnx = _flax_nnx()
-    if nnx is None or not isinstance(function, nnx.Module):
-        return jax.make_jaxpr(function)(*args).jaxpr
-    # The parameters as an argument: they may be abstract, and the module may change its state.
-    graphdef, state = nnx.split(function)
+    try:
+        if nnx is None or not isinstance(function, nnx.Module):
+            return jax.make_jaxpr(function)(*args).jaxpr
+        # The parameters as an argument: they may be abstract, and the module may change its state.
+        graphdef, state = nnx.split(function)
 
-    def call(state: Any, *args: Any) -> Any:
-        return nnx.merge(graphdef, state)(*args)
+        def call(state: Any, *args: Any) -> Any:
+            return nnx.merge(graphdef, state)(*args)
 
-    return jax.make_jaxpr(call)(state, *args).jaxpr
+        return jax.make_jaxpr(call)(state, *args).jaxpr
+    except Exception as error:
+        for arg in args:
+            if isinstance(arg, list | tuple) and arg and all(isinstance(n, int) for n in arg):
+                raise TypeError(
+                    f"args has {arg}, which is no array; of a shape it is "
+                    f"jax.ShapeDtypeStruct({tuple(arg)}, jnp.float32)"
+                ) from error
+        raise
 
 
 def _count(jaxpr: Any, quantity: _Quantity) -> int:
@@ -164,10 +177,10 @@ def _count(jaxpr: Any, quantity: _Quantity) -> int:
 
 def _count_equation(equation: Any, quantity: _Quantity) -> int:
     name = equation.primitive.name
-    if equation.primitive is grouped_conv_p or name == "dot_general":
+    if equation.primitive is grouped_conv_p or name in _MATRIX_PRODUCTS:
         return quantity.of(equation)
     inner = [_count(jaxpr, quantity) for jaxpr in jaxprs_in_params(equation.params)]
-    if name == "conv_general_dilated" or (name == "while" and any(inner)):
+    if name in _OTHERS or (name in ("while", "pallas_call") and any(inner)):
         mend = "; convolve with grouped_conv" if name == "conv_general_dilated" else ""
         raise NotImplementedError(f"cannot count the {quantity.name} of {name}{mend}")
     if name == "scan":
@@ -181,22 +194,29 @@ def _count_equation(equation: Any, quantity: _Quantity) -> int:
 def _multiply_adds(equation: Any) -> int:
     if equation.primitive is grouped_conv_p:
         return equation.params["spec"].multiply_adds
-    (contracting, _), _ = equation.params["dimension_numbers"]
-    lhs = equation.invars[0].aval.shape
-    return math.prod(equation.outvars[0].aval.shape) * math.prod(lhs[d] for d in contracting)
+    numbers, groups = equation.params.get("dimension_numbers"), ()
+    if numbers is None:
+        # Each row is multiplied with the matrix of its group only.
+        ragged = equation.params["ragged_dot_dimension_numbers"]
+        numbers, groups = ragged.dot_dimension_numbers, ragged.rhs_group_dimensions
+    (_, contracting), (_, batch) = numbers
+    lhs, rhs = (operand.aval.shape for operand in equation.invars[:2])
+    shared = {*contracting, *batch, *groups}
+    return math.prod(lhs) * math.prod(rhs[d] for d in range(len(rhs)) if d not in shared)
 
 
 def _flops(equation: Any) -> int:
     parts = [
         2 if jnp.issubdtype(operand.aval.dtype, jnp.complexfloating) else 1
-        for operand in equation.invars
+        for operand in equation.invars[:2]
     ]
     return 2 * math.prod(parts) * _multiply_adds(equation)
 
 
 def _bytes(equation: Any) -> int:
     arrays = [variable.aval for variable in (*equation.invars, *equation.outvars)]
-    return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in arrays)
+    bits = (math.prod(aval.shape) * jax.dtypes.itemsize_bits(aval.dtype) for aval in arrays)
+    return sum(-(-size // 8) for size in bits)
 
 
 # Parameters.

@@ -16,8 +16,6 @@ from grouped_conv_jax.explicit import untyped
 from grouped_conv_jax.padding import Extension, resolved
 from grouped_conv_jax.spec import ConvSpec
 
-LAX_PADDINGS = ("SAME", "SAME_LOWER", "VALID")
-
 
 @dataclasses.dataclass(frozen=True)
 class Forward:
@@ -98,14 +96,13 @@ def forward(
     )
     lhs_shape = extended.shape(lhs.shape)
     precision = arguments.precision(precision)
-    # lax takes a string where it would refuse the pairs of symbolic sizes that it stands for.
-    is_of_lax = isinstance(padding, str) and padding.upper() in LAX_PADDINGS
     result = arguments.result_in_lax(
         lhs_shape,
         rhs.shape,
         lhs.dtype,
         window_strides=strides,
-        padding=padding if is_of_lax else pairs,
+        # It refuses symbolic ones, which the dtype does not depend on.
+        padding=tuple(p if all(isinstance(n, int) for n in p) else (0, 0) for p in pairs),
         lhs_dilation=lhs_dilation,
         rhs_dilation=rhs_dilation,
         dimension_numbers=numbers,

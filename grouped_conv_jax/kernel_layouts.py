@@ -23,22 +23,36 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+__all__ = ["NAMED", "KernelLayout", "parsed_layout", "spatial_letters"]
+
 NAMED: Mapping[str, str] = MappingProxyType(
     {
         "caffe": "OI...",
         "caffe_transposed": "transposed OI...",
+        "equinox": "OI...",
+        "equinox_transposed": "OI...",
         "flax": "...IO",
+        "flax_transposed": "...IO",
+        "haiku": "...IO",
+        "haiku_transposed": "...OI",
+        "jax": "OI...",
+        "jax_transposed": "...IO",
         "keras": "...IO",
         "keras_depthwise": "...GO",
         "keras_transposed": "transposed ...IO",
         "onnx": "OI...",
         "onnx_transposed": "transposed OI...",
+        "pytorch": "OI...",
+        "pytorch_transposed": "transposed OI...",
         "torch": "OI...",
         "torch_transposed": "transposed OI...",
     }
 )
-"""Layouts by the libraries that have them. The transposed kernel of Flax is "flax", and with its
-`transpose_kernel=True` "keras_transposed", which is also TensorFlow's."""
+"""Layouts by the libraries that have them.
+
+The transposed kernels of Equinox, Flax, Haiku and JAX are not turned round: those layers, too,
+convolve with what they have. That of Flax with `transpose_kernel=True` is "keras_transposed", which
+is also TensorFlow's. Those of JAX are what its functions take without dimension numbers."""
 
 _TRANSPOSED = "transposed "
 _KNOWN = f"letters such as 'HWIO', 'GOIHW' or 'transposed OI...', or one of: {', '.join(NAMED)}"
@@ -62,6 +76,13 @@ class KernelLayout:
 
     def __str__(self) -> str:
         return f"{self.argument}={self.text!r}"
+
+    @property
+    def mend(self) -> str:
+        """What to say where a layout does not fit: it may be a name that there is not."""
+        return (
+            "" if self.text.lower() in NAMED else f"; it is none of the names: {', '.join(NAMED)}"
+        )
 
     @property
     def has_ellipsis(self) -> bool:
@@ -122,6 +143,7 @@ def spatial_letters(given: KernelLayout, wanted: KernelLayout, ndim: int) -> str
         least = len(given.rest) + len(given.spatial)
         raise ValueError(
             f"{given} is a layout of {at_least}{least} dimensions, but the kernel has {ndim}"
+            f"{given.mend}"
         )
     written = [layout for layout in (given, wanted) if not layout.has_ellipsis]
     if not written:
@@ -130,9 +152,14 @@ def spatial_letters(given: KernelLayout, wanted: KernelLayout, ndim: int) -> str
     if len(wanted.spatial) != rank and not wanted.has_ellipsis:
         raise ValueError(
             f"{wanted} has {len(wanted.spatial)} spatial dimensions, but the kernel has {rank}"
+            f"{wanted.mend}"
         )
     if len(written) == 2 and sorted(letters) != sorted(wanted.spatial):
         raise ValueError(
             f"{given} and {wanted} differ in their spatial letters: {letters} and {wanted.spatial}"
         )
     return "".join(sorted(letters, key="DHW".index)) if set(letters) <= set("DHW") else letters
+
+
+def __dir__() -> list[str]:
+    return __all__

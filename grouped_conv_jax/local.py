@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from grouped_conv_jax import arguments
@@ -33,6 +34,7 @@ def grouped_conv_local(
     *,
     feature_group_count: int = 1,
     preferred_element_type: DTypeLike | None = None,
+    out_sharding: NamedSharding | PartitionSpec | None = None,
 ) -> jax.Array:
     r"""Grouped convolution whose kernel differs from position to position.
 
@@ -57,6 +59,7 @@ def grouped_conv_local(
       precision: as in lax; by default that of `jax.default_matmul_precision`.
       feature_group_count: G. Divides the features of `lhs` and the outputs of `rhs`.
       preferred_element_type: dtype of the result and of the accumulation.
+      out_sharding: the sharding of the result where mesh axes are Explicit.
 
     Returns:
       The output: N, G * O and n spatial dimensions, in the layout of the third string. 16-bit
@@ -101,8 +104,8 @@ def grouped_conv_local(
     # Wide already, since the transpose of the patches adds up.
     x = call.prepared(jnp.asarray(lhs).astype(spec.accumulator))
     w = jnp.asarray(rhs).astype(spec.accumulator)
-    sharding = sharding_of_result("fprop", spec, jax.typeof(x), jax.typeof(w), None)
-    return compute(x, w) if sharding is None else untyped(compute, sharding)(x, w)
+    sharding = sharding_of_result("fprop", spec, jax.typeof(x), jax.typeof(w), out_sharding)
+    return untyped(compute, sharding)(x, w)
 
 
 def _call(

@@ -4,19 +4,23 @@ Tan and Le, "MixConv: Mixed Depthwise Convolutional Kernels", 2019.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from grouped_conv_jax import arguments
 from grouped_conv_jax.algorithms import check_name
 from grouped_conv_jax.conv import grouped_conv
+from grouped_conv_jax.explicit import sharding_of_result, untyped
 from grouped_conv_jax.forward import forward
-from grouped_conv_jax.padding import PaddingLike
+from grouped_conv_jax.padding import Geometry, Pad, PaddingLike, pads
+from grouped_conv_jax.per_part import dilations, listed, paddings
+from grouped_conv_jax.spec import ConvSpec
 
 
 def grouped_conv_mixed(
@@ -31,6 +35,7 @@ def grouped_conv_mixed(
     precision: Any = None,
     preferred_element_type: DTypeLike | None = None,
     *,
+    out_sharding: NamedSharding | PartitionSpec | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     r"""Convolves each part of the features with a kernel of its own, of any size.
@@ -49,8 +54,9 @@ def grouped_conv_mixed(
       rhs: the kernels, one for each part, each of rank n + 2 and of the dtype of `lhs`: the outputs
         of the part, its inputs per group, and n spatial dimensions.
       window_strides: n integers, at least 1.
-      padding: as in `grouped_conv`, for each part ("SAME" makes the results equally large); or for
-        each part its own n pairs (low, high).
+      padding: as in `grouped_conv`, for each part ("SAME" makes the results equally large). A list
+        is by dimension, unless each of its entries is a list of n entries itself: then it is by
+        part, as [[(1, 1), (1, 1)], ["SAME", ("REFLECT", (2, 2))]].
       lhs_dilation: n integers, at least 1: `lhs` is spread out with zeros between (default 1).
       rhs_dilation: n integers, at least 1: the kernels likewise (default 1); or for each part its
         own n integers.
@@ -58,6 +64,7 @@ def grouped_conv_mixed(
       group_sizes: the number of features of each part; by default all parts have as many.
       precision: as in lax; by default that of `jax.default_matmul_precision`.
       preferred_element_type: dtype of the result and of the accumulation.
+      out_sharding: the sharding of the result where mesh axes are Explicit.
       implementation: as in `grouped_conv`.
 
     Returns:
@@ -85,35 +92,38 @@ def grouped_conv_mixed(
     like = arguments.array_type("lhs", lhs)
     kernels = _kernel_types(rhs, like)
     numbers = arguments.layout(like.shape, kernels[0].shape, dimension_numbers)
-    features = numbers.lhs_spec[1]
-    parts = [
-        _part(i, numbers, *settings)
-        for i, settings in enumerate(
-            zip(
-                kernels,
-                _part_sizes(group_sizes, len(kernels), like.shape[features]),
-                _for_each_part("padding", padding, len(kernels), _is_pairs),
-                _for_each_part("rhs_dilation", rhs_dilation, len(kernels), _is_sequence),
-                strict=True,
-            )
-        )
-    ]
+    rank, features = like.ndim - 2, numbers.lhs_spec[1]
     shared = {
-        "window_strides": window_strides,
-        "lhs_dilation": lhs_dilation,
+        "window_strides": arguments.integers("window_strides", window_strides, rank),
+        "lhs_dilation": arguments.integers("lhs_dilation", lhs_dilation, rank, default=1),
         "dimension_numbers": numbers,
         "precision": precision,
         "preferred_element_type": preferred_element_type,
     }
-    runs = _runs(parts, numbers)
-    _check_sizes([_out_sizes(like, run, numbers, shared) for run in runs], padding)
-    results, first = [], 0
-    for run in runs:
-        x = lax.slice_in_dim(jnp.asarray(lhs), first, first + run.size, axis=features)
-        w = jnp.concatenate([jnp.asarray(rhs[i]) for i in run.parts], numbers.rhs_spec[0])
-        results.append(grouped_conv(x, w, **run.arguments, **shared, implementation=implementation))
-        first += run.size
-    return jnp.concatenate(results, numbers.out_spec[1])
+    padding = listed(padding)
+    settings = zip(
+        kernels,
+        _part_sizes(group_sizes, len(kernels), like.shape[features]),
+        paddings(padding, len(kernels), rank),
+        dilations(listed(rhs_dilation), len(kernels), rank),
+        strict=True,
+    )
+    runs = _runs([_part(i, like, shared, *own) for i, own in enumerate(settings)], numbers)
+    specs = [_spec(like, run, shared) for run in runs]
+    _check_sizes([spec.spatial_shape("out") for spec in specs], padding)
+
+    def compute(lhs: jax.Array, *rhs: jax.Array) -> jax.Array:
+        results, first = [], 0
+        for run in runs:
+            x = lax.slice_in_dim(lhs, first, first + run.size, axis=features)
+            w = jnp.concatenate([rhs[i] for i in run.parts], numbers.rhs_spec[0])
+            settings = {**run.arguments, **shared, "implementation": implementation}
+            results.append(grouped_conv(x, w, **settings))
+            first += run.size
+        return jnp.concatenate(results, numbers.out_spec[1])
+
+    sharding = _sharding(like, kernels, runs, specs, out_sharding)
+    return untyped(compute, sharding)(jnp.asarray(lhs), *map(jnp.asarray, rhs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +135,8 @@ class _Part:
     size: int
     groups: int
     padding: Any
-    rhs_dilation: Any
+    rhs_dilation: tuple[int, ...]
+    pads: tuple[Pad, ...]
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -144,7 +155,7 @@ class _Part:
             shape[outputs] //= part.groups
         return (
             shapes[0] == shapes[1]
-            and self.padding == other.padding
+            and self.pads == other.pads
             and self.rhs_dilation == other.rhs_dilation
         )
 
@@ -181,6 +192,10 @@ def _kernel_types(rhs: Any, lhs: Any) -> list[Any]:
 def _part_sizes(group_sizes: Any, parts: int, features: int) -> list[int]:
     """How many features each part has."""
     if group_sizes is None:
+        if features == 0:
+            raise ValueError(
+                f"lhs must have features for each of the {parts} kernels of rhs, got none"
+            )
         if features % parts:
             raise ValueError(
                 f"the {parts} kernels of rhs do not divide the features of lhs ({features}) "
@@ -205,49 +220,32 @@ def _part_sizes(group_sizes: Any, parts: int, features: int) -> list[int]:
 
 def _part(
     index: int,
-    numbers: lax.ConvDimensionNumbers,
+    lhs: Any,
+    shared: dict[str, Any],
     kernel: Any,
     size: int,
     padding: Any,
-    rhs_dilation: Any,
+    rhs_dilation: tuple[int, ...],
 ) -> _Part:
+    numbers = shared["dimension_numbers"]
     outputs, depth = (kernel.shape[d] for d in numbers.rhs_spec[:2])
     if depth == 0 or size % depth:
         raise ValueError(
             f"rhs[{index}] takes {depth} input features per group, which do not divide its part "
-            f"of the features of lhs (group_sizes[{index}]={size})"
+            f"of the features of lhs ({size}); group_sizes says how many each part has"
         )
     groups = size // depth
     if outputs % groups:
         raise ValueError(
             f"rhs[{index}] has {outputs} output features, which its {groups} groups (of {depth} "
-            f"of the group_sizes[{index}]={size} features) do not divide"
+            f"of the {size} features of its part) do not divide"
         )
-    return _Part((index,), kernel, size, groups, padding, rhs_dilation)
-
-
-def _for_each_part(name: str, value: Any, parts: int, is_for_one: Callable[[Any], bool]) -> list:
-    """One value for each part, given once or for each of them."""
-    if not _is_sequence(value) or not value or not all(map(is_for_one, value)):
-        return [value] * parts
-    if len(value) != parts:
-        raise ValueError(
-            f"{name} must be given once, or for each of the {parts} kernels of rhs; got it for "
-            f"{len(value)}: {value}"
-        )
-    return [tuple(tuple(d) if _is_sequence(d) else d for d in entry) for entry in value]
-
-
-def _is_sequence(value: Any) -> bool:
-    return isinstance(value, list | tuple)
-
-
-def _is_pairs(value: Any) -> bool:
-    """Whether it is the padding of all spatial dimensions, not that of one: made of pairs itself.
-
-    A mode with its pair, as ("REFLECT", (1, 1)), is that of one.
-    """
-    return _is_sequence(value) and all(map(_is_sequence, value)) and len(value) > 0
+    arguments.check_taps(kernel.shape, numbers)
+    sizes = (lhs.shape[d] for d in numbers.lhs_spec[2:])
+    windows = arguments.windows(kernel.shape, numbers, rhs_dilation)
+    steps = (shared["window_strides"], shared["lhs_dilation"])
+    found = pads(padding, list(map(Geometry, sizes, windows, *steps)))
+    return _Part((index,), kernel, size, groups, padding, rhs_dilation, found)
 
 
 def _runs(parts: Sequence[_Part], numbers: lax.ConvDimensionNumbers) -> list[_Part]:
@@ -262,14 +260,11 @@ def _runs(parts: Sequence[_Part], numbers: lax.ConvDimensionNumbers) -> list[_Pa
     return runs
 
 
-def _out_sizes(
-    lhs: Any, run: _Part, numbers: lax.ConvDimensionNumbers, shared: dict[str, Any]
-) -> tuple[int, ...]:
-    """The spatial shape of the result."""
+def _spec(lhs: Any, run: _Part, shared: dict[str, Any]) -> ConvSpec:
     shape = list(lhs.shape)
-    shape[numbers.lhs_spec[1]] = run.size
+    shape[shared["dimension_numbers"].lhs_spec[1]] = run.size
     like = jax.typeof(jax.ShapeDtypeStruct(shape, lhs.dtype))
-    return forward(like, run.kernel, **run.arguments, **shared).spec.spatial_shape("out")
+    return forward(like, run.kernel, **run.arguments, **shared).spec
 
 
 def _check_sizes(sizes: Sequence[tuple[int, ...]], padding: Any) -> None:
@@ -279,3 +274,27 @@ def _check_sizes(sizes: Sequence[tuple[int, ...]], padding: Any) -> None:
             f"{', '.join(map(str, sizes))}; 'SAME' gives equal ones, and so may a padding for each "
             "part"
         )
+
+
+def _sharding(
+    lhs: Any, kernels: Sequence[Any], runs: Sequence[_Part], specs: Sequence[ConvSpec], asked: Any
+) -> NamedSharding | None:
+    """That which was asked for, or which follows alike for all parts."""
+    if asked is not None:
+        shape, outputs = list(specs[0].rhs_shape), specs[0].dimension_numbers.rhs_spec[0]
+        shape[outputs] = sum(kernel.shape[outputs] for kernel in kernels)
+        whole = dataclasses.replace(specs[0], rhs_shape=tuple(shape))
+        return sharding_of_result("fprop", whole, lhs, kernels[0], asked)
+    found = [
+        sharding_of_result("fprop", spec, lhs, kernels[i], None, {"rhs": f"rhs[{i}]"})
+        for run, spec in zip(runs, specs, strict=True)
+        for i in run.parts
+    ]
+    for i, sharding in enumerate(found):
+        if sharding != found[0]:
+            raise ValueError(
+                f"the results of rhs[0] and rhs[{i}] would be sharded differently: {found[0]}, "
+                f"{sharding}; reshard the kernels with jax.sharding.reshard, or say how the result "
+                "is to be sharded with out_sharding=jax.P(...)"
+            )
+    return found[0]

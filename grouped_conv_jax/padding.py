@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
@@ -52,7 +53,8 @@ Amounts = Callable[[Geometry], tuple[Any, Any]]
 
 def _same(dimension: Geometry, padding: str) -> tuple[Any, Any]:
     size, window, stride, _ = dimension
-    ((low, high),) = lax.padtype_to_pads((size,), (window,), (stride,), padding)
+    (pair,) = lax.padtype_to_pads((size,), (window,), (stride,), padding)
+    low, high = (int(n) if isinstance(n, np.integer) else n for n in pair)
     return low, high
 
 
@@ -123,7 +125,7 @@ def pads(
     """
     if isinstance(padding, str):
         return tuple(_named(padding, dimension, known) for dimension in dimensions)
-    if not isinstance(padding, Iterable):
+    if not isinstance(padding, Iterable) or getattr(padding, "shape", None) == ():
         raise TypeError(
             f"padding must be a string or (low, high) pairs, got {padding!r}; an amount for all "
             "sides is [(1, 1), (1, 1)] for two dimensions"

@@ -67,13 +67,17 @@ def grouped_conv_patches(
       Array([1, 2, 4, 5], dtype=int32)
     """
     like = arguments.array_type("lhs", lhs)
-    taps = arguments.integers("filter_shape", filter_shape, max(like.ndim - 2, 0))
-    features = like.shape[arguments.layout(like.shape, like.shape, dimension_numbers).lhs_spec[1]]
+    if like.ndim < 2:
+        raise ValueError(
+            "lhs must have at least 2 dimensions (batch, features, spatial dimensions ...), got "
+            f"shape {tuple(like.shape)}"
+        )
+    numbers = arguments.layout(like.shape, like.shape, dimension_numbers)
+    taps = arguments.integers("filter_shape", filter_shape, like.ndim - 2)
+    features = like.shape[numbers.lhs_spec[1]]
     # The convolution whose kernel has a one for each feature and tap.
     groups = max(features, 1)
-    kernel = kernel_type(
-        like, features * math.prod(taps), features // groups, taps, dimension_numbers
-    )
+    kernel = kernel_type(like, features * math.prod(taps), features // groups, taps, numbers)
     call = forward(
         like,
         kernel,
@@ -81,12 +85,11 @@ def grouped_conv_patches(
         padding,
         lhs_dilation,
         rhs_dilation,
-        dimension_numbers,
+        numbers,
         groups,
         precision=precision,
         preferred_element_type=preferred_element_type,
     )
-
     spec = call.spec
 
     def move(lhs: jax.Array) -> jax.Array:
@@ -94,17 +97,15 @@ def grouped_conv_patches(
 
     # Wide already, since the transpose adds up.
     x = call.prepared(jnp.asarray(lhs).astype(spec.accumulator))
-    sharding = sharding_of_result("fprop", spec, jax.typeof(x), kernel, None)
-    return move(x) if sharding is None else untyped(move, sharding)(x)
+    return untyped(move, sharding_of_result("fprop", spec, jax.typeof(x), kernel, None))(x)
 
 
 def kernel_type(
-    lhs: Any, outputs: int, depth: int, taps: Sequence[int], dimension_numbers: Any
+    lhs: Any, outputs: int, depth: int, taps: Sequence[int], numbers: lax.ConvDimensionNumbers
 ) -> Any:
     """The type of a kernel for `lhs`, from that of `lhs`."""
     shape = [0] * lhs.ndim
-    layout = arguments.layout(lhs.shape, lhs.shape, dimension_numbers).rhs_spec
-    for d, size in zip(layout, (outputs, depth, *taps), strict=True):
+    for d, size in zip(numbers.rhs_spec, (outputs, depth, *taps), strict=True):
         shape[d] = size
     return jax.typeof(jax.ShapeDtypeStruct(shape, lhs.dtype))
 
@@ -112,10 +113,9 @@ def kernel_type(
 def extract(lhs: jax.Array, spec: ConvSpec) -> jax.Array:
     """Patches in the layout of the output, with the taps as dimensions after the features."""
     config = [(0, 0, 0)] * lhs.ndim
-    for d, (low, high), step in zip(
-        spec.spatial_dimensions("lhs"), spec.padding, spec.lhs_dilation, strict=True
-    ):
-        config[d] = (low, high, step - 1)
+    for i, d in enumerate(spec.spatial_dimensions("lhs")):
+        low, high = spec.padding[i]
+        config[d] = (low, high + _room(i, spec), spec.lhs_dilation[i] - 1)
     filled = lax.pad(lhs, jnp.zeros((), lhs.dtype), config)
     layout = spec.layout("out")
     source = dict(zip(layout, spec.layout("lhs"), strict=True))
@@ -135,10 +135,25 @@ def extract(lhs: jax.Array, spec: ConvSpec) -> jax.Array:
     return x
 
 
+def _room(dimension: int, spec: ConvSpec) -> int:
+    """Positions put after the last one. Where the size is a symbol it cannot be told that each tap
+    stays within, unless there is room for it.
+    """
+    if isinstance(spec.spatial_shape("out")[dimension], int):
+        return 0
+    return spec.extent("rhs")[dimension] + spec.window_strides[dimension] - 2
+
+
 def _window(x: jax.Array, axis: int, tap: int, dimension: int, spec: ConvSpec) -> jax.Array:
     """What one tap sees along one spatial dimension."""
     count, stride = spec.spatial_shape("out")[dimension], spec.window_strides[dimension]
     first = tap * spec.rhs_dilation[dimension]
-    if isinstance(count, int) and count == 0:
-        return lax.slice_in_dim(x, 0, 0, axis=axis)
-    return lax.slice_in_dim(x, first, first + (count - 1) * stride + 1, stride, axis)
+    if isinstance(count, int):
+        if count == 0:
+            return lax.slice_in_dim(x, 0, 0, axis=axis)
+        return lax.slice_in_dim(x, first, first + (count - 1) * stride + 1, stride, axis)
+    # Whole strides, so that it never ends before it begins; and no stride of its own, whose
+    # transpose compares sizes.
+    x = lax.slice_in_dim(x, first, first + count * stride, axis=axis)
+    x = x.reshape(*x.shape[:axis], count, stride, *x.shape[axis + 1 :])
+    return lax.index_in_dim(x, 0, axis + 1, keepdims=False)

@@ -10,10 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from grouped_conv_jax import arguments
 from grouped_conv_jax.conv import grouped_conv
+from grouped_conv_jax.explicit import has_explicit_axes, mesh_of, sharding_of_result, untyped
+from grouped_conv_jax.forward import forward
 
 CHANNELS_LAST = ("NWC", "WIO", "NWC")
 
@@ -28,6 +31,7 @@ def streaming_conv(
     precision: Any = None,
     preferred_element_type: DTypeLike | None = None,
     *,
+    out_sharding: NamedSharding | PartitionSpec | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     r"""Causal grouped convolution of the next chunk of a sequence.
@@ -44,14 +48,16 @@ def streaming_conv(
     Args:
       lhs: the chunk: batch N, T >= 0 times, features G * C.
       rhs: the kernel, of the dtype of `lhs`: k taps, inputs per group C, outputs G * O.
-      state: what the chunk before returned, or None at the beginning. On Explicit axes it is
-        sharded as `lhs`.
+      state: what the chunk before returned, or None at the beginning. Where mesh axes are Explicit
+        it is brought to the sharding of `lhs`, with the times whole; a carry of `jax.lax.scan` must
+        have that from the beginning (`jax.sharding.reshard`).
       rhs_dilation: one integer, at least 1 (default 1).
       dimension_numbers: as in `grouped_conv`, of one spatial dimension, the time; by default
         channels last, ("NWC", "WIO", "NWC").
       feature_group_count: G; as many as there are features for a depthwise convolution.
       precision: as in lax.
       preferred_element_type: dtype of the output and of the accumulation.
+      out_sharding: the sharding of the output where mesh axes are Explicit.
       implementation: as in `grouped_conv`.
 
     Returns:
@@ -88,24 +94,36 @@ def streaming_conv(
     numbers = _numbers(like.shape, kernel, dimension_numbers)
     past = _past(kernel, numbers, rhs_dilation)
     time = numbers.lhs_spec[2]
-    before = (past, 0)
-    if state is not None:
-        _check_state(arguments.array_type("state", state), like, time, past)
-        lhs = lax.concatenate([jnp.asarray(state), jnp.asarray(lhs)], time)
-        before = (0, 0)
+    shape = (*like.shape[:time], past, *like.shape[time + 1 :])
+    settings = {
+        "rhs_dilation": rhs_dilation,
+        "dimension_numbers": numbers,
+        "feature_group_count": feature_group_count,
+        "precision": precision,
+        "preferred_element_type": preferred_element_type,
+    }
+    if state is None:
+        x = _joined(jnp.zeros(shape, like.dtype), lhs, time)
+        seen, before = lhs, (past, 0)
+    else:
+        _check_state(arguments.array_type("state", state), like, shape)
+        x = _joined(state, lhs, time)
+        seen, before = x, (0, 0)
+        if out_sharding is None:
+            # That of the chunk, which may be sharded in time.
+            spec = forward(like, kernel, (1,), [(past, 0)], **settings).spec
+            out_sharding = sharding_of_result("fprop", spec, like, kernel, None)
     out = grouped_conv(
-        lhs,
+        seen,
         rhs,
         (1,),
         [before],
-        rhs_dilation=rhs_dilation,
-        dimension_numbers=numbers,
-        feature_group_count=feature_group_count,
-        precision=precision,
-        preferred_element_type=preferred_element_type,
+        **settings,
+        out_sharding=out_sharding,
         implementation=implementation,
     )
-    return out, _last(jnp.asarray(lhs), time, past)
+    size = like.shape[time]
+    return out, lax.slice_in_dim(x, size, size + past, axis=time)
 
 
 def streaming_conv_state(
@@ -148,40 +166,55 @@ def streaming_conv_state(
         numbers.lhs_spec, (examples, features, _past(kernel, numbers, rhs_dilation)), strict=True
     ):
         shape[d] = size
-    return jnp.zeros(shape, kernel.dtype if dtype is None else dtype)
+    try:
+        element_type = kernel.dtype if dtype is None else jnp.dtype(dtype)
+    except Exception:  # NumPy raises whatever comes of reading a string as a dtype.
+        raise TypeError(f"dtype must be one such as jnp.float32, got {dtype!r}") from None
+    return jnp.zeros(shape, element_type)
 
 
 def _numbers(lhs_shape: Sequence[int], kernel: Any, dimension_numbers: Any):
-    for name, shape in (("lhs", lhs_shape), ("rhs", kernel.shape)):
-        if len(shape) != 3:
-            raise ValueError(
-                f"{name} must have three dimensions (a batch or outputs, features, the time), got "
-                f"shape {tuple(shape)}"
-            )
+    if len(lhs_shape) != 3:
+        raise ValueError(
+            f"lhs must have three dimensions (batch, features, the time), got shape "
+            f"{tuple(lhs_shape)}; one input is a chunk of one time, x[:, t : t + 1]"
+        )
+    if len(kernel.shape) != 3:
+        raise ValueError(
+            f"rhs must have three dimensions (outputs, inputs, the taps), got shape "
+            f"{tuple(kernel.shape)}"
+        )
     return arguments.layout(lhs_shape, kernel.shape, dimension_numbers)
 
 
 def _past(kernel: Any, numbers: lax.ConvDimensionNumbers, rhs_dilation: Any) -> int:
     """How many inputs before its own an output sees."""
     (dilation,) = arguments.integers("rhs_dilation", rhs_dilation, 1, default=1)
+    arguments.check_taps(kernel.shape, numbers)
     return (kernel.shape[numbers.rhs_spec[2]] - 1) * dilation
 
 
-def _check_state(state: Any, lhs: Any, time: int, past: int) -> None:
-    shape = (*lhs.shape[:time], past, *lhs.shape[time + 1 :])
+def _check_state(state: Any, lhs: Any, shape: tuple[int, ...]) -> None:
     if state.shape != shape:
         raise ValueError(
-            f"state must have the last {past} inputs, shape {shape}, got shape {state.shape}; "
-            "begin with None or streaming_conv_state, and give each chunk the state of the one "
-            "before"
+            f"state must be the last inputs, for lhs of shape {tuple(lhs.shape)} an array of shape "
+            f"{shape}, got shape {state.shape}; begin with None or streaming_conv_state, and give "
+            "each chunk the state of the one before. Has lhs its axis of the time? One input is a "
+            "chunk of one time, x[:, t : t + 1]"
         )
     arguments.check_same_dtype(lhs=lhs, state=state)
 
 
-def _last(x: jax.Array, time: int, past: int) -> jax.Array:
-    """The last `past` inputs, with zeros before them if there are fewer."""
-    size = x.shape[time]
-    if missing := max(past - size, 0):
-        config = [(missing if d == time else 0, 0, 0) for d in range(x.ndim)]
-        x = lax.pad(x, jnp.zeros((), x.dtype), config)
-    return lax.slice_in_dim(x, size + missing - past, size + missing, axis=time)
+def _joined(state: ArrayLike, lhs: ArrayLike, time: int) -> jax.Array:
+    """What was before the chunk, and the chunk; sharded as the chunk, but with the times whole."""
+    like = jax.typeof(lhs)
+    mesh, sharding = mesh_of(like, jax.typeof(state)), None
+    if has_explicit_axes(mesh):
+        axes = [*like.sharding.spec, *[None] * (3 - len(like.sharding.spec))]
+        axes[time] = None
+        sharding = NamedSharding(mesh, PartitionSpec(*axes))
+
+    def join(state: jax.Array, lhs: jax.Array) -> jax.Array:
+        return lax.concatenate([state, lhs], time)
+
+    return untyped(join, sharding)(jnp.asarray(state), jnp.asarray(lhs))

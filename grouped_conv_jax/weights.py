@@ -7,7 +7,7 @@ not, of any dtype and any number of spatial dimensions.
 Layouts are strings ("HWIO", "torch", "transposed OIHW"), which `kernel_layouts` explains.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,8 @@ import numpy as np
 from grouped_conv_jax import arguments
 from grouped_conv_jax.explicit import untyped
 from grouped_conv_jax.kernel_layouts import KernelLayout, parsed_layout, spatial_letters
+
+__all__ = ["convert_kernel", "densify", "merge_groups", "regroup", "split_groups"]
 
 
 def convert_kernel(
@@ -205,6 +207,10 @@ def merge_groups(kernels: Sequence[Any], layout: str = "...IO") -> Any:
       >>> merge_groups([np.ones((3, 3, 4, 3)), np.ones((3, 3, 4, 3))]).shape
       (3, 3, 4, 6)
     """
+    if not isinstance(kernels, Iterable):
+        raise TypeError(
+            f"kernels must be a list of kernels, one for each group, got {type(kernels).__name__}"
+        )
     arrays = [_array(f"kernels[{i}]", kernel) for i, kernel in enumerate(kernels)]
     if not arrays:
         raise ValueError("kernels must have at least one kernel, got none")
@@ -296,12 +302,18 @@ def _array(name: str, value: Any) -> tuple[Any, Any]:
         return np, value
     if isinstance(value, jax.Array) or hasattr(value, "__jax_array__"):
         return jnp, jnp.asarray(value)
+    kind = type(value)
+    is_of_torch = kind.__module__.startswith("torch")
+    mend = "layer.weight.detach().numpy()" if is_of_torch else "np.asarray"
     raise TypeError(
-        f"{name} must be a NumPy or jax array, got {type(value).__name__}; convert it with "
-        "np.asarray"
+        f"{name} must be a NumPy or jax array, got {kind.__name__}; convert it with {mend}"
     )
 
 
 def _contiguous(xp: Any, array: Any) -> Any:
     """A view of NumPy's as an array of its own: files are written from memory as it lies."""
     return np.ascontiguousarray(array) if xp is np else array
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,5 +1,6 @@
 """What is counted of a traced function, how often, and what is not; the parameters of layers."""
 
+import functools
 import subprocess
 import sys
 from typing import Any
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
+from jax.experimental import pallas
 from jax.sharding import PartitionSpec
 
 import grouped_conv_jax.linen
@@ -40,6 +42,28 @@ def test_a_matrix_product():
     assert count_multiply_adds(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), a, b) == 360
 
 
+def test_a_matrix_product_of_ragged_groups_and_its_gradients():
+    rows, matrices = jnp.ones((6, 4)), jnp.ones((3, 4, 5))
+
+    def product(rows, matrices):
+        return jax.lax.ragged_dot(rows, matrices, jnp.array([1, 3, 2], jnp.int32))
+
+    assert count_multiply_adds(product, rows, matrices) == 6 * 4 * 5
+    assert count_bytes(product, rows, matrices) == 4 * (6 * 4 + 3 * 4 * 5 + 3 + 6 * 5)
+
+    def loss(rows, matrices):
+        return product(rows, matrices).sum()
+
+    assert count_multiply_adds(jax.grad(loss, (0, 1)), rows, matrices) == 3 * 6 * 4 * 5
+
+
+def test_a_scaled_matrix_product():
+    a, b = jnp.ones((2, 3, 32), jnp.bfloat16), jnp.ones((2, 32, 5), jnp.bfloat16)
+    scale = jnp.ones((2, 3, 1), jnp.bfloat16)
+    product = functools.partial(jax.lax.scaled_dot, lhs_scale=scale)
+    assert count_multiply_adds(product, a, b) == 2 * 3 * 32 * 5
+
+
 def test_a_scan_counts_as_often_as_it_runs():
 
     def scan(x, w):
@@ -69,6 +93,18 @@ def test_what_cannot_be_counted_is_refused():
 
     with pytest.raises(NotImplementedError, match="multiply-adds of while"):
         count_multiply_adds(forever, X, W)
+    kernel = pallas.pallas_call(
+        lambda x, w, out: out.__setitem__(..., x[...] @ w[...]),
+        out_shape=jax.ShapeDtypeStruct((8, 4), jnp.float32),
+        grid=(2,),
+        in_specs=[
+            pallas.BlockSpec((4, 4), lambda i: (i, 0)),
+            pallas.BlockSpec((4, 4), lambda i: (0, 0)),
+        ],
+        out_specs=pallas.BlockSpec((4, 4), lambda i: (i, 0)),
+    )
+    with pytest.raises(NotImplementedError, match="multiply-adds of pallas_call"):
+        count_multiply_adds(kernel, jnp.ones((8, 4)), jnp.ones((4, 4)))
     with pytest.raises(NotImplementedError, match="convolve with grouped_conv"):
         count_multiply_adds(lambda x, w: jax.lax.conv(x, w[:, :, :1], (1, 1), "SAME"), X[:, :2], W)
 
@@ -134,6 +170,16 @@ def test_bytes_of_a_matrix_product_are_those_of_its_dtypes():
         )
 
     assert count_bytes(product, a, b) == 2 * (a.size + b.size) + 4 * 3 * 4 * 6
+
+
+def test_numbers_of_four_bits_are_half_a_byte():
+    # As many as do not fill their last byte.
+    a, b = (jax.ShapeDtypeStruct(shape, jnp.int4) for shape in ((3, 5), (5, 7)))
+
+    def product(a, b):
+        return jax.lax.dot(a, b, preferred_element_type=jnp.int32)
+
+    assert count_bytes(product, a, b) == 8 + 18 + 4 * 3 * 7
 
 
 def test_operations_of_complex_numbers():
@@ -223,6 +269,15 @@ def test_a_module_of_linen():
     assert count_parameters(linen.FrozenDict(variables)) == parameters
     with pytest.raises(TypeError, match="got a LinenNet; of a linen module it is what init"):
         count_parameters(net)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 5, 4), [2, 5, 5, 4]])
+def test_a_shape_is_no_array(shape):
+    layer = grouped_conv_jax.nnx.GroupedConv(4, 6, **LAYER, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match=r"jax.ShapeDtypeStruct\(\(2, 5, 5, 4\), jnp.float32\)"):
+        count_multiply_adds(layer, shape)
+    # But a tree of numbers is one of arrays.
+    assert count_multiply_adds(lambda tree: jnp.zeros(3) @ jnp.zeros(3) * tree[0], (2, 5)) == 3
 
 
 def test_the_parameters_of_a_tree():

@@ -11,9 +11,11 @@ import oracle
 import pytest
 from cases import random
 from flax import nnx
+from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from grouped_conv_jax import weights
 from grouped_conv_jax.kernel_layouts import NAMED
 from grouped_conv_jax.transpose import grouped_conv_transpose
 from grouped_conv_jax.weights import (
@@ -42,15 +44,28 @@ LAYOUTS = {
     "...IO": "HWIO",
     "O...I": "OHWI",
     "transposed G...OI": "transposed GHWOI",
-    "torch": "OIHW",
-    "torch_transposed": "transposed OIHW",
-    "onnx": "OIHW",
-    "onnx_transposed": "transposed OIHW",
+    "transposed HWIO": "transposed HWIO",
+}
+NAMES = {
     "caffe": "OIHW",
     "caffe_transposed": "transposed OIHW",
+    "equinox": "OIHW",
+    "equinox_transposed": "OIHW",
     "flax": "HWIO",
+    "flax_transposed": "HWIO",
+    "haiku": "HWIO",
+    "haiku_transposed": "HWOI",
+    "jax": "OIHW",
+    "jax_transposed": "HWIO",
     "keras": "HWIO",
+    "keras_depthwise": "HWGO",
     "keras_transposed": "transposed HWIO",
+    "onnx": "OIHW",
+    "onnx_transposed": "transposed OIHW",
+    "pytorch": "OIHW",
+    "pytorch_transposed": "transposed OIHW",
+    "torch": "OIHW",
+    "torch_transposed": "transposed OIHW",
 }
 DEPTHWISE = {"keras_depthwise": "HWGO", "GHWO": "GHWO", "transposed GIHW": "transposed GIHW"}
 STRIDES = (2, 3)
@@ -135,13 +150,25 @@ def test_a_layer_computes_the_same_in_every_layout(groups, inputs, outputs):
 
 
 def test_depthwise_kernels_have_no_inputs():
-    layouts = ["OIHW", "flax", "torch", "HGWIO", "torch_transposed", "keras_transposed"]
+    layouts = ["OIHW", "...IO", "HGWIO", "transposed OIHW", "transposed HWIO"]
     some = {name: LAYOUTS[name] for name in layouts}
     assert_every_pair_converts({**some, **DEPTHWISE}, 3, 1, 2)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_means_its_letters(name):
+    letters = NAMES[name]
+    kernel = kernel_of(letters, 3, 1, 2)
+    assert_same(convert_kernel(kernel, name, letters, 3), kernel)
+    assert_same(convert_kernel(kernel, letters, name, 3), kernel)
+    other = "HWIO" if letters == "OIHW" else "OIHW"
+    expected = convert_kernel(kernel, letters, other, 3)
+    assert_same(convert_kernel(kernel, name.upper(), other, 3), expected)
+    assert_same(convert_kernel(expected, other, name, 3), kernel)
+
+
 def test_every_name_is_tested():
-    assert {*LAYOUTS, *DEPTHWISE} >= NAMED.keys()
+    assert NAMES.keys() == NAMED.keys()
 
 
 @pytest.mark.parametrize(
@@ -174,6 +201,7 @@ def test_letters_of_any_case_and_any_spatial_letters():
 # Against the libraries themselves.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("groups", [1, 3])
 def test_weights_of_pytorch(groups, rank):
@@ -195,6 +223,9 @@ def test_weights_of_pytorch(groups, rank):
         feature_group_count=groups,
     )
     np.testing.assert_allclose(out, expected.numpy(), rtol=1e-4, atol=1e-5)
+    parameter = torch.nn.Parameter(torch.from_numpy(weight))
+    with pytest.raises(TypeError, match=r"got Parameter; .* layer.weight.detach\(\).numpy\(\)"):
+        convert_kernel(parameter, "torch", channels_last)
 
     weight = random("weight", (6, 12 // groups, *taps), np.float32)
     conv = getattr(torch.nn.functional, f"conv_transpose{rank}d")
@@ -231,6 +262,7 @@ def keras(tmp_path_factory):
         return importlib.import_module("keras")
 
 
+@pytest.mark.slow
 def test_weights_of_keras(keras):
     x = random("x", (2, 5, 4, 6), np.float32)
     arguments = dict(strides=2, padding="valid", data_format="channels_last")
@@ -277,10 +309,101 @@ def test_weights_of_flax(transpose_kernel):
         transpose_kernel=transpose_kernel,
         rngs=nnx.Rngs(0),
     )
-    layout = "keras_transposed" if transpose_kernel else "flax"
+    layout = "keras_transposed" if transpose_kernel else "flax_transposed"
     kernel = convert_kernel(np.asarray(flax.kernel), layout, "OIHW", 1)
     out = layer(np.moveaxis(x, -1, 1), kernel, "OIHW", 1)
     np.testing.assert_allclose(np.moveaxis(out, 1, -1), flax(jnp.asarray(x)), rtol=1e-4, atol=1e-5)
+
+
+def test_kernels_of_jax_without_dimension_numbers():
+    x = random("x", (2, 6, 4, 3), np.float32)
+    weight = random("weight", (9, 2, 3, 2), np.float32)
+    expected = lax.conv_general_dilated(
+        jnp.asarray(x), jnp.asarray(weight), (1, 1), "VALID", feature_group_count=3
+    )
+    out = oracle.forward(
+        x,
+        convert_kernel(weight, "jax", "HWIO"),
+        window_strides=(1, 1),
+        padding="VALID",
+        dimension_numbers=("NCHW", "HWIO", "NCHW"),
+        feature_group_count=3,
+    )
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
+
+    weight = random("weight", (3, 2, 6, 4), np.float32)
+    expected = lax.conv_transpose(
+        jnp.moveaxis(x, 1, -1), jnp.asarray(weight), STRIDES, [(2, 2), (1, 1)]
+    )
+    kernel = convert_kernel(weight, "jax_transposed", "OIHW")
+    out = np.moveaxis(layer(x, kernel, "OIHW", 1), 1, -1)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_weights_of_equinox():
+    equinox = pytest.importorskip("equinox", reason="compares with Equinox, which is not installed")
+    x = random("x", (6, 4, 3), np.float32)
+    settings = dict(groups=3, use_bias=False, key=jax.random.key(0))
+    conv = equinox.nn.Conv2d(6, 9, (3, 2), padding=((2, 2), (1, 1)), **settings)
+    transposed = equinox.nn.ConvTranspose2d(6, 9, (3, 2), STRIDES[:1] * 2, **settings)
+    kernel = convert_kernel(np.asarray(conv.weight), "equinox", "HWIO")
+    out = oracle.forward(
+        x[None],
+        kernel,
+        window_strides=(1, 1),
+        padding=[(2, 2), (1, 1)],
+        dimension_numbers=("NCHW", "HWIO", "NCHW"),
+        feature_group_count=3,
+    )
+    np.testing.assert_allclose(out[0], conv(jnp.asarray(x)), rtol=1e-4, atol=1e-5)
+    kernel = convert_kernel(np.asarray(transposed.weight), "equinox_transposed", "HWIO")
+    out = grouped_conv_transpose(
+        x[None],
+        kernel,
+        (2, 2),
+        [(2, 2), (1, 1)],
+        dimension_numbers=("NCHW", "HWIO", "NCHW"),
+        feature_group_count=3,
+    )
+    np.testing.assert_allclose(out[0], transposed(jnp.asarray(x)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_weights_of_haiku():
+    haiku = pytest.importorskip("haiku", reason="compares with Haiku, which is not installed")
+    x = jnp.asarray(random("x", (2, 4, 3, 6), np.float32))
+
+    def compute(layer):
+        """What the layer makes of the image, and its weights."""
+        function = haiku.without_apply_rng(haiku.transform(lambda x: layer()(x)))
+        params = function.init(jax.random.key(0), x)
+        ((weights,),) = (list(parameters.values()) for parameters in [*params.values()][:1])
+        return function.apply(params, x), np.asarray(weights)
+
+    nhwc: dict[str, Any] = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    out, weights = compute(
+        lambda: haiku.Conv2D(9, (3, 2), padding="VALID", with_bias=False, feature_group_count=3)
+    )
+    kernel = convert_kernel(weights, "haiku", "HWIO")
+    valid = dict(window_strides=(1, 1), padding="VALID", **nhwc)
+    expected = oracle.forward(np.asarray(x), kernel, **valid, feature_group_count=3)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
+
+    out, weights = compute(
+        lambda: haiku.DepthwiseConv2D(2, (3, 2), padding="VALID", with_bias=False)
+    )
+    expected = oracle.forward(
+        np.asarray(x), convert_kernel(weights, "haiku", "HWIO"), **valid, feature_group_count=6
+    )
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
+
+    out, weights = compute(
+        lambda: haiku.Conv2DTranspose(4, (3, 2), STRIDES[:1] * 2, padding="VALID", with_bias=False)
+    )
+    kernel = convert_kernel(weights, "haiku_transposed", "HWIO")
+    expected = grouped_conv_transpose(x, kernel, (2, 2), "VALID", **nhwc)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
 
 
 # Groupings.
@@ -337,7 +460,15 @@ def test_what_is_not_finite_stays_in_its_group():
 # Arrays of both kinds.
 
 
-@pytest.mark.parametrize("dtype", ["bool", "int8", "bfloat16", "complex64"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "bool",
+        "bfloat16",
+        pytest.param("int8", marks=pytest.mark.slow),
+        pytest.param("complex64", marks=pytest.mark.slow),
+    ],
+)
 def test_jax_arrays_are_converted_as_numpy_arrays(dtype):
     kernel = np.asarray(jnp.asarray(random("kernel", (6, 2, 3, 2), np.float32)).astype(dtype))
 
@@ -407,7 +538,14 @@ WRONG: Any = 1.0
         (("OIHW", "OHW"), ValueError, ["target='OHW' has no I"]),
         (("OIHH", "HWIO"), ValueError, ["source='OIHH' has H more than once"]),
         (("OI-W", "HWIO"), ValueError, ["source='OI-W' is no layout", "transposed OI..."]),
-        (("pytorch", "HWIO"), ValueError, ["source='pytorch'", "torch_transposed"]),
+        (("tensorflw", "HWIO"), ValueError, ["source='tensorflw'", "torch_transposed", "haiku"]),
+        (
+            ("HWIO", "matlib"),
+            ValueError,
+            ["target='matlib' has no O", "'GOIHW'", "pytorch", "equinox_transposed"],
+        ),
+        (("conflix", "HWIO"), ValueError, ["source='conflix'", "none of the names", "keras"]),
+        (("HWIO", "conflix"), ValueError, ["target='conflix'", "none of the names", "keras"]),
         (("OIH...", "HWIO"), ValueError, ["source='OIH...'", "ellipsis and H"]),
         ((None, "HWIO"), TypeError, ["source must be a string", "None"]),
         (("OIHW", 3), TypeError, ["target must be a string", "3"]),
@@ -447,6 +585,7 @@ def test_wrong_layouts_are_told(arguments, error, parts):
         (lambda: densify(ONES, 3, "HWGO"), ValueError, ["no axis I", "kernel has 3"]),
         (lambda: densify(ONES[0, 0, 0], 1), ValueError, ["at least 2 dimensions", "has 1"]),
         (lambda: densify([[1.0]], 1), TypeError, ["kernel must be", "list", "np.asarray"]),
+        (lambda: merge_groups(WRONG), TypeError, ["kernels must be a list of kernels", "float"]),
         (lambda: split_groups(ONES, 5, "torch"), ValueError, ["=5", "(8)"]),
         (lambda: merge_groups([]), ValueError, ["kernels", "at least one"]),
         (lambda: merge_groups([ONES, [1]]), TypeError, ["kernels[1] must be", "list"]),
@@ -459,3 +598,8 @@ def test_wrong_groups_are_told(call, error, parts):
         call()
     for part in parts:
         assert part in str(raised.value)
+
+
+def test_only_what_is_public_is_offered():
+    public = {"convert_kernel", "densify", "merge_groups", "regroup", "split_groups"}
+    assert set(dir(weights)) == set(weights.__all__) == public

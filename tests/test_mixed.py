@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import NHWC, Case, each_case, random
+from cases import NHWC, Case, random
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from jaxprs import convolutions
 
-from grouped_conv_jax import count_multiply_adds
+from grouped_conv_jax import count_multiply_adds, grouped_conv
 from grouped_conv_jax.mixed import grouped_conv_mixed
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -140,7 +142,12 @@ CASES = [
     Mixed("rank 0", (5, 4), [((3, 2), 1), ((2, 1), 2)], 2, {"window_strides": (), "padding": ()}),
 ]
 
-each_mixed = each_case(CASES)  # pyright: ignore[reportArgumentType]
+LONGER = ["rank 0", "dilated input", "uneven dense groups"]
+each_mixed = pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=pytest.mark.slow) if c.name in LONGER else c for c in CASES],
+    ids=[case.name for case in CASES],
+)
 (MIXCONV, *_) = CASES
 
 
@@ -174,7 +181,15 @@ def test_nothing_is_computed_that_is_not_needed():
     assert count_multiply_adds(MIXCONV.conv(), lhs, rhs) == 2 * 3 * 5 * (6 * 9 + 4 * 25 + 2 * 49)
 
 
-@pytest.mark.parametrize("padding", ["CIRCULAR", "causal", ["REFLECT", "SAME"]])
+@pytest.mark.parametrize(
+    "padding",
+    [
+        pytest.param("CIRCULAR", marks=pytest.mark.slow),
+        pytest.param("causal", marks=pytest.mark.slow),
+        ["REFLECT", "SAME"],
+    ],
+    ids=str,
+)
 def test_strings_are_meant_for_each_part(padding):
     lhs, rhs = MIXCONV.random()
     more: dict[str, Any] = {**MIXCONV.arguments, "window_strides": (1, 1)}
@@ -186,6 +201,81 @@ def test_strings_are_meant_for_each_part(padding):
         for x, w in zip(np.split(lhs, [6, 10], -1), rhs, strict=True)
     ]
     np.testing.assert_allclose(actual, jnp.concatenate(by_part, -1), 1e-5, 1e-5)
+
+
+def specs(**arguments):
+    """Of the convolutions that two parts of two features are, in two dimensions."""
+    like = jax.ShapeDtypeStruct((2, 4, 6, 6), np.float32)
+    kernels = [jax.ShapeDtypeStruct((2, 1, 3, 3), np.float32)] * 2
+    given = {"window_strides": (1, 1), "padding": "SAME", **arguments}
+    found = convolutions(lambda x, ws: grouped_conv_mixed(x, ws, **given), like, kernels)
+    return [e.params["spec"] for e in found]
+
+
+PAIRS = [(1, 0), (2, 1)]
+
+
+@pytest.mark.parametrize(
+    "padding",
+    [
+        np.array(PAIRS),
+        iter([(1, 0), iter([2, 1])]),
+        (np.array([1, 0], np.int64), [2, 1]),
+        np.array([PAIRS, PAIRS]),
+        iter([tuple(PAIRS), np.array(PAIRS)]),
+    ],
+    ids=lambda padding: type(padding).__name__,
+)
+def test_pairs_may_be_any_sequences(padding):
+    # Alike in both parts, so one convolution.
+    (spec,) = specs(padding=padding)
+    assert spec == specs(padding=PAIRS)[0]
+    assert spec.padding == tuple(PAIRS)
+
+
+@pytest.mark.parametrize(
+    "rhs_dilation",
+    [np.array([2, 1]), iter([2, 1]), np.array([[2, 1], [2, 1]]), [iter([2, 1]), [2, 1]]],
+    ids=lambda rhs_dilation: type(rhs_dilation).__name__,
+)
+def test_dilations_may_be_any_sequences(rhs_dilation):
+    (spec,) = specs(rhs_dilation=rhs_dilation)
+    assert spec.rhs_dilation == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("padding", "by_part"),
+    [
+        ([["CIRCULAR"] * 2] * 2, None),
+        ([["causal", (1, 1)], [(1, 1), "CAUSAL"]], None),
+        ([[("REFLECT", (1, 1)), "SAME"], ["SAME", ("REPLICATE", (2, 0))]], None),
+        ([("SAME", "VALID"), ["SAME", "VALID"]], None),
+        # Not by part: an entry for each dimension.
+        (["CIRCULAR", "SAME"], [["CIRCULAR", "SAME"]] * 2),
+        ([("REFLECT", (1, 1)), (1, 1)], [[("REFLECT", (1, 1)), (1, 1)]] * 2),
+        # What is ambiguous in its other spellings.
+        (
+            [[("REFLECT", None), (1, 1)], [("REPLICATE", None), (1, 1)]],
+            [["REFLECT", (1, 1)], ["REPLICATE", (1, 1)]],
+        ),
+    ],
+    ids=str,
+)
+def test_a_list_is_by_dimension_or_by_part(padding, by_part):
+    x = random("x", (2, 4, 6, 6), np.float32)
+    kernels = [random(f"w{i}", (2, 1, 3, 3), np.float32) for i in range(2)]
+
+    @jax.jit
+    def both(x, kernels):
+        parts = zip(jnp.split(x, 2, 1), kernels, by_part or padding, strict=True)
+        outs = [
+            grouped_conv(part, w, (1, 1), list(pads), feature_group_count=2)
+            for part, w, pads in parts
+        ]
+        return grouped_conv_mixed(x, kernels, (1, 1), padding), jnp.concatenate(outs, 1)
+
+    actual, expected = both(x, kernels)
+    np.testing.assert_allclose(actual, expected, 1e-5, 1e-5)
 
 
 def test_dtypes_and_the_preferred_one():
@@ -246,6 +336,56 @@ def test_vmap_is_a_loop(mapped):
         oracle.assert_close(out, expected, 64)
 
 
+# Sharding.
+
+
+@pytest.mark.parametrize(
+    ("lhs", "kernels", "asked", "result"),
+    [
+        pytest.param(P("data"), P(), None, P("data", None, None), marks=pytest.mark.slow),
+        pytest.param(
+            P("data", "group"), P(), None, P("data", "group", None), marks=pytest.mark.slow
+        ),
+        (P("data"), P("group"), None, P("data", "group", None)),
+        (P(None, None, "group"), P(None, "group"), P("group", "data", None), None),
+    ],
+    ids=str,
+)
+def test_explicit_axes(lhs, kernels, asked, result):
+    case = Mixed("sharded", (4, 8, 6), [((4, 2, 3), 2), ((8, 2, 5), 2)], 2, SAME)
+    x, ws = case.random()
+    y = random("cotangent", case.out, np.float32)
+    mesh = jax.make_mesh((2, 2), ("data", "group"), (AxisType.Explicit,) * 2)
+
+    @jax.jit
+    def compute(x, ws, y):
+        out, vjp = jax.vjp(case.conv(out_sharding=asked), x, ws)
+        return out, *vjp(y)
+
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(x, lhs), [jax.device_put(w, kernels) for w in ws]
+        if asked is not None:
+            with pytest.raises(ValueError, match=r"rhs\[0\] is sharded .* out_sharding=jax.P"):
+                case.conv()(*placed)
+        actual = compute(*placed, jax.device_put(y, asked or result))
+        assert jax.typeof(actual[0]).sharding.spec == (asked or result)
+    expected = case.contractions(x, ws, y)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        oracle.assert_close(a, e, 64)
+
+
+SAME = {"window_strides": (1,), "padding": "SAME"}
+
+
+def test_parts_that_would_be_sharded_differently_are_refused():
+    mesh = jax.make_mesh((2,), ("group",), (AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        w = jnp.ones((2, 1, 3))
+        sharded = jax.device_put(w, P("group"))
+        with pytest.raises(ValueError, match=r"rhs\[0\] and rhs\[1\] .*reshard the kernels"):
+            grouped_conv_mixed(jnp.ones((1, 4, 5)), [w, sharded], **SAME)
+
+
 # Arguments.
 
 
@@ -280,7 +420,7 @@ WRONG = {
     "a depth that does not divide its part": (
         {"rhs": [ones(2, 1, 3, 3), ones(4, 3, 5, 5)]},
         ValueError,
-        ["rhs[1] takes 3 input features", "group_sizes[1]=4"],
+        ["rhs[1] takes 3 input features", "of lhs (4)", "group_sizes says"],
     ),
     "outputs that are not in groups": (
         {"rhs": [ones(3, 1, 3, 3), ones(4, 1, 5, 5)]},
@@ -292,6 +432,36 @@ WRONG = {
         ValueError,
         ["different sizes, (5, 5), (3, 3)", "[(1, 1), (1, 1)]", "'SAME'"],
     ),
+    "paddings by dimension or by part": (
+        {"padding": [("REFLECT", (1, 1)), ["CIRCULAR", [2, 2]]]},
+        ValueError,
+        [
+            "by dimension, then write [[('REFLECT', (1, 1)), ['CIRCULAR', [2, 2]]], [('REF",
+            "by part, then write [[('REFLECT', None), (1, 1)], [('CIRCULAR', None), [2, 2]]]",
+        ],
+    ),
+    "a string for one part": (
+        {"padding": ["SAME", ["SAME", "VALID"]]},
+        ValueError,
+        ["each of 2 spatial dimensions", "[['SAME', 'SAME'], ['SAME', 'SAME']]"],
+    ),
+    "a string for each of three": (
+        {"padding": ["SAME"] * 3},
+        ValueError,
+        ["each of 2 spatial dimensions", "got 3"],
+    ),
+    "a mode with its pair for all": (
+        {"padding": ("REFLECT", (1, 1))},
+        ValueError,
+        ["[('REFLECT', (1, 1))] * 2"],
+    ),
+    "a float in an array": ({"padding": np.ones((2, 2))}, TypeError, ["padding", "1.0"]),
+    "no features": (
+        {"lhs": ones(2, 0, 5, 5), "group_sizes": None},
+        ValueError,
+        ["lhs must have features", "2 kernels"],
+    ),
+    "no taps": ({"rhs": [ones(2, 1, 3, 3), ones(4, 1, 0, 3)]}, ValueError, ["at least one tap"]),
     "paddings for other parts": (
         {"padding": [((1, 1), (1, 1))] * 3},
         ValueError,

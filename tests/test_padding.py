@@ -145,6 +145,18 @@ def test_batch_and_rows_can_be_symbolic(padding):
         oracle.assert_close(a, e, length)
 
 
+@pytest.mark.parametrize("padding", [["SAME", "SAME"], ["CAUSAL", ("SAME_LOWER", None)]], ids=str)
+def test_rows_with_strides_can_be_symbolic_by_dimension(padding):
+    rows = export.symbolic_shape("h")[0]
+    arguments = {**CASE.arguments, "window_strides": (2, 1), "padding": padding}
+    case = Case("symbolic", CASE.lhs, CASE.rhs, arguments)
+    x, w, _ = case.random()
+    shape = jax.ShapeDtypeStruct((2, rows, *x.shape[2:]), np.float32)
+    program = export.export(jax.jit(case.conv()))(shape, w)
+    expected = case.contractions(x, w, np.zeros(case.out))[0]
+    oracle.assert_close(program.call(x, w), expected, case.lengths[0])
+
+
 @pytest.mark.parametrize("kind", ["explicit", "shard_map"])
 def test_rows_that_are_padded_are_whole_on_each_device(kind):
     case = divided(CASE)

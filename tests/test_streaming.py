@@ -9,6 +9,9 @@ import numpy as np
 import oracle
 import pytest
 from cases import Case, each_case, random
+from jax import export
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from grouped_conv_jax import grouped_conv
 from grouped_conv_jax.streaming import CHANNELS_LAST, streaming_conv, streaming_conv_state
@@ -44,7 +47,13 @@ CASES = [
     causal("time first", (LENGTH, 2, 6), (6, 3, 2), 3, 2, ("WNC", "OWI", "CNW")),
 ]
 
-DEPTHWISE, GROUPS, *_ = CASES
+DEPTHWISE, GROUPS, *_, TIME_FIRST = CASES
+SOME = [GROUPS, TIME_FIRST]
+some_cases = pytest.mark.parametrize(
+    "case",
+    [case if case in SOME else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+    ids=[case.name for case in CASES],
+)
 
 
 def time_of(case: Case, role: str) -> int:
@@ -77,7 +86,7 @@ def past(case: Case) -> int:
 CUTS = [(LENGTH,), (1, 0, 3, 0, 5, 2), (0, LENGTH), (1,) * LENGTH, (5, 6)]
 
 
-@each_case(CASES)
+@some_cases
 def test_however_it_is_cut_it_is_the_whole(case):
     x, w, _ = case.random()
     expected = oracle.forward(x, w, **case.arguments)
@@ -119,7 +128,7 @@ def initial_state(case: Case, dtype: Any = None) -> jax.Array:
     return streaming_conv_state(batch, shape, **settings(case), dtype=dtype)
 
 
-@each_case(CASES)
+@some_cases
 def test_the_state_before_a_sequence_is_zeros(case):
     x, w, _ = case.random()
     start = initial_state(case)
@@ -228,6 +237,84 @@ def test_the_state_has_the_dtype_of_the_inputs(dtype):
     oracle.assert_close(out, expected, 4)
 
 
+def test_an_exported_program_takes_chunks_of_any_length():
+    x, w, _ = DEPTHWISE.random()
+    state = random("state", (2, 3, 6), np.float32)
+
+    def compute(x, *state):
+        return streaming_conv(x, w, *state, **settings(DEPTHWISE))
+
+    for given in [(), (state,)]:
+        like = export.symbolic_args_specs([x, *given], ["b, t, 6", "b, 3, 6"][: 1 + len(given)])
+        program = export.export(jax.jit(compute))(*like)
+        for length in (1, 3, LENGTH):
+            out, last = program.call(x[:, :length], *given)
+            before = given[0] if given else np.zeros_like(state)
+            whole = np.concatenate([before, x[:, :length]], 1)
+            expected = oracle.forward(whole, w, **{**DEPTHWISE.arguments, "padding": [(0, 0)]})
+            oracle.assert_close(out, expected, 4)
+            np.testing.assert_array_equal(last, whole[:, -3:])
+
+
+# Sharding.
+
+SHARDED = causal("sharded", (8, 12, 6), (4, 1, 6), 6)
+WHOLE = P(None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("chunk", "asked", "expected"),
+    [
+        pytest.param(
+            P("data", None, "group"),
+            None,
+            (P("data", None, "group"), P("data", None, "group")),
+            marks=pytest.mark.slow,
+        ),
+        # In time the state is whole.
+        pytest.param(
+            P(None, "data", None), None, (P(None, "data", None), WHOLE), marks=pytest.mark.slow
+        ),
+        (P("data", "group", None), None, (P("data", "group", None), P("data", None, None))),
+        (WHOLE, P("data", None, "group"), (P("data", None, "group"), WHOLE)),
+    ],
+    ids=str,
+)
+def test_on_explicit_axes_the_state_comes_to_the_chunk(chunk, asked, expected):
+    x, w, y = SHARDED.random()
+    state = random("state", (8, 3, 6), np.float32)
+    rest: dict[str, Any] = settings(SHARDED)
+    mesh = jax.make_mesh((4, 2), ("data", "group"), (AxisType.Explicit,) * 2)
+
+    def compute(x, w, state, y):
+        def conv(x, w, state):
+            return streaming_conv(x, w, state, **rest, out_sharding=asked)
+
+        (out, last), vjp = jax.vjp(conv, x, w, state)
+        return out, last, vjp((y, last))
+
+    with jax.set_mesh(mesh):
+        start = streaming_conv_state(8, w, **rest)
+        first = jax.device_put(x, chunk)
+        results = [
+            streaming_conv(first, w, given, **rest, out_sharding=asked) for given in (None, start)
+        ]
+        for out, last in results:
+            assert (jax.typeof(out).sharding.spec, jax.typeof(last).sharding.spec) == expected
+        sharded = jax.jit(compute)(first, w, state, jax.device_put(y, expected[0]))
+    for out, last in results:
+        oracle.assert_close(out, oracle.forward(x, w, **SHARDED.arguments), 4)
+        np.testing.assert_array_equal(last, x[:, -3:])
+    whole = np.concatenate([state, x], 1)
+    arguments = {**SHARDED.arguments, "padding": [(0, 0)]}
+    out, dx, dw = oracle.contractions(whole, w, y, **arguments)
+    dx[:, -3:] += x[:, -3:]
+    out_actual, _, (dx_actual, dw_actual, dstate) = sharded
+    oracle.assert_close(out_actual, out, 4)
+    oracle.assert_close(np.concatenate([dstate, dx_actual], 1), dx, 8)
+    oracle.assert_close(dw_actual, dw, 96)
+
+
 # Arguments.
 
 
@@ -239,7 +326,12 @@ WRONG = {
     "a state of another kernel": (
         {"state": ones(2, 2, 6)},
         ValueError,
-        ["state", "last 3 inputs", "(2, 3, 6)", "got shape (2, 2, 6)"],
+        ["state", "last inputs", "(2, 3, 6)", "got shape (2, 2, 6)", "x[:, t : t + 1]"],
+    ),
+    "a chunk without the time": (
+        {"lhs": ones(2, 6), "state": ones(2, 3, 6)},
+        ValueError,
+        ["lhs must have three dimensions", "(2, 6)", "x[:, t : t + 1]"],
     ),
     "a state of another batch": ({"state": ones(1, 3, 6)}, ValueError, ["(2, 3, 6)", "(1, 3, 6)"]),
     "a state of another dtype": (
@@ -283,6 +375,8 @@ def test_what_is_wrong_is_refused(name):
         ({"batch": -1}, ValueError, "batch"),
         ({"feature_group_count": 0}, ValueError, "feature_group_count"),
         ({"rhs": ones(4, 6)}, ValueError, "rhs"),
+        ({"rhs": ones(0, 1, 6)}, ValueError, "rhs must have at least one tap"),
+        ({"dtype": "foo"}, TypeError, "dtype must be one such as jnp.float32, got 'foo'"),
     ],
 )
 def test_what_is_wrong_for_a_first_state_is_refused(wrong, error, part):
