@@ -557,12 +557,12 @@ every_case = each_case(CASES)
 representative_cases = each_case([case for case in CASES if case.representative])
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=str)
 
-# For what does not depend on the implementation (derivatives, batching, partition): by the choice
-# and by XLA's; by the others in the slow tests.
+# For what does not depend on the implementation (derivatives, batching, partition): by the choice;
+# by each of them in the slow tests.
 any_implementation = pytest.mark.parametrize(
     "implementation",
     [
-        pytest.param(name, marks=() if name in (None, "xla") else pytest.mark.slow)
+        pytest.param(name, marks=() if name is None else pytest.mark.slow)
         for name in IMPLEMENTATIONS
     ],
     ids=str,

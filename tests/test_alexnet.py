@@ -419,13 +419,12 @@ def test_dropout_falls_on_inputs_or_outputs_of_the_hidden_layers():
         assert dropped[0] == ((2, 12) if on == "outputs" else (2, 3, 3, 24))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
         dataclasses.replace(narrow("caffe"), lrn_alpha=0.2),
-        pytest.param(
-            dataclasses.replace(narrow("caffenet"), lrn_alpha=0.2), marks=pytest.mark.slow
-        ),
+        dataclasses.replace(narrow("caffenet"), lrn_alpha=0.2),
         dataclasses.replace(narrow("cuda-convnet"), lrn_alpha=0.2, dropout_on="inputs"),
     ],
     ids=["caffe", "caffenet", "cuda-convnet with dropout on inputs"],
@@ -459,6 +458,7 @@ def test_steps_that_there_are_not_are_refused(steps, message):
 # The type in which the net computes.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_a_net_of_16_bits_against_float32(dtype):
     params = random_params(TINY)

@@ -153,14 +153,15 @@ def assert_same(actual: list[dict], expected: list[dict]) -> None:
             assert ours["top1_error"] == theirs["top1_error"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("count", "mesh", "how"),
     [
         (2, (1, 2), by_hand),
-        pytest.param(2, (2, 1), by_slurm, marks=pytest.mark.slow),
-        pytest.param(2, (2, 2), by_hand, marks=pytest.mark.slow),
-        pytest.param(4, (2, 2), by_hand, marks=pytest.mark.slow),
+        (2, (2, 1), by_slurm),
+        (2, (2, 2), by_hand),
+        (4, (2, 2), by_hand),
     ],
 )
 def test_several_processes_train_as_one(folder, count, mesh, how):

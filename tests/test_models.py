@@ -136,18 +136,14 @@ def value_and_gradients(net: Any, images: np.ndarray) -> Any:
     return logits, gradients, nnx.filter_state(rest, nnx.BatchStat)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("net", "other"),
     [
         (MobileNet, lax.conv_general_dilated),
-        *(
-            pytest.param(net, other, marks=pytest.mark.slow)
-            for net, other in [
-                (MobileNet, Convolution("vmap")),
-                (ResNeXt, lax.conv_general_dilated),
-                (ConvNeXt, lax.conv_general_dilated),
-            ]
-        ),
+        (MobileNet, Convolution("vmap")),
+        (ResNeXt, lax.conv_general_dilated),
+        (ConvNeXt, lax.conv_general_dilated),
     ],
 )
 def test_training_is_the_same_by_any_convolution(net, other):
@@ -256,6 +252,7 @@ def to_torch(model: Any, peer: Any) -> None:
     assert not ours
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("net", NETS)
 def test_the_model_in_pytorch_is_the_same(net, torch_models):
     more = {"stochastic_depth_rate": 0.0} if net is ConvNeXt else {}

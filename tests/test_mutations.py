@@ -76,7 +76,13 @@ def mutate(monkeypatch: pytest.MonkeyPatch, name: str, contraction: Contraction,
 @pytest.mark.usefixtures("quick_compilation")
 @every_order
 @every_contraction
-@pytest.mark.parametrize("name", implementations())
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=() if n in ("xla", "native") else pytest.mark.slow)
+        for n in implementations()
+    ],
+)
 def test_another_order_of_the_groups_is_refused(name, contraction, order, monkeypatch):
     if name == "native" and native.missing():
         pytest.skip(f"there are no native kernels: {native.missing()}")

@@ -61,6 +61,7 @@ def of_width(inputs: int, outputs: int, groups: int = 3, **more) -> Case:
     return conv2d(lhs, rhs, groups, **more)
 
 
+@pytest.mark.slow
 @every_instruction_set
 @every_case
 def test_every_case_by_every_instruction_set(case, name, only):

@@ -139,6 +139,7 @@ DAMAGED = {2, 3, 20}
 """Training images of the folder."""
 
 
+@pytest.mark.slow
 def test_workers_make_the_same_batches(damaged_folder):
     source = damaged_folder.train
     rows = [3, 1]
@@ -148,6 +149,7 @@ def test_workers_make_the_same_batches(damaged_folder):
     assert_same(ours, [Batch(*(array[rows] for array in batch)) for batch in whole])
 
 
+@pytest.mark.slow
 def test_workers_evaluate_every_image_once(damaged_folder):
     source = damaged_folder.test
     ours = evaluate(source, 4, workers=2)
@@ -281,6 +283,7 @@ SCRIPT = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
 @pytest.mark.parametrize(("end", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_workers_of_a_script_that_is_ended(tmp_path, end, code):

@@ -142,6 +142,7 @@ def test_the_running_mean_of_a_checkpoint_answers_as_in_training(digits):
     assert np.ptp(found, axis=0).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_ten_crops_of_a_colour_image_answer_as_in_training(colour):
     images = images_of(colour)
     model = trained.of_run(colour.folder)
@@ -182,6 +183,7 @@ def test_a_checkpoint_that_is_not_there(digits, colour, tmp_path):
 # Exported nets.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 3, BATCH])
 def test_an_exported_net_answers_as_its_run_for_batches_of_any_size(digits, exported, count):
     images = images_of(digits, count)

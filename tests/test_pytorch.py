@@ -235,6 +235,7 @@ def test_padding_modes_are_those_of_pytorch(conv, mode):
     check_padding(conv, mode, conv.padding, [(MODES[mode], (p, p)) for p in conv.padding])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
 @pytest.mark.parametrize("mode", [*MODES, "zeros"])
 @each_conv(PADDED)

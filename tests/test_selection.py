@@ -131,6 +131,7 @@ def test_the_gradient_on_a_gpu_is_laxs_own_program():
     assert programs[0] == programs[1] != []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_native_kernels")
 @every_contraction
 @every_workload
@@ -191,7 +192,13 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("implementation", [None, *sorted({*implementations()} - {"packed"})])
+@pytest.mark.parametrize(
+    "implementation",
+    [
+        None,
+        *(pytest.param(n, marks=pytest.mark.slow) for n in implementations() if n != "packed"),
+    ],
+)
 @pytest.mark.parametrize("value", [np.inf, np.nan])
 @pytest.mark.parametrize("name", SMALL)
 def test_what_is_not_finite_in_a_group_stays_in_it(name, value, implementation):
@@ -212,6 +219,7 @@ def test_what_is_not_finite_in_a_group_stays_in_it(name, value, implementation):
     assert np.isfinite(dw[..., dw.shape[-1] // groups :]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 @pytest.mark.parametrize("name", SMALL)
 def test_the_choice_is_right_in_other_dtypes_too(name, dtype):

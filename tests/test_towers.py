@@ -24,7 +24,7 @@ IMAGES = random("images", (4, 32, 32, 3), np.float32)
 on_each_mesh = pytest.mark.parametrize(
     ("data", "group", "towers"),
     [
-        (1, 2, 2),
+        pytest.param(1, 2, 2, marks=pytest.mark.slow),
         (2, 2, 2),
         pytest.param(1, 1, 2, marks=pytest.mark.slow),
         pytest.param(4, 1, 2, marks=pytest.mark.slow),
@@ -121,6 +121,7 @@ def test_a_net_is_called_under_pmap():
     assert logits.sharding.is_equivalent_to(net.examples, logits.ndim)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [(2, 4), (4, 2), (1, 8), (8, 1)])
 def test_pmap_of_a_program_of_two_axes_is_its_shard_map(mesh):
     mesh = make_mesh(*mesh)

@@ -81,12 +81,13 @@ def test_help_explains_every_option(tmp_path, cache):
         assert phrase in words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "elsewhere",
     [
         ("--log-every", 4),
-        pytest.param(("--mesh", 2, 1, "--placement", "pmap"), marks=pytest.mark.slow),
-        pytest.param(("--mesh", 1, 1, "--placement", "jit"), marks=pytest.mark.slow),
+        ("--mesh", 2, 1, "--placement", "pmap"),
+        ("--mesh", 1, 1, "--placement", "jit"),
     ],
     ids=str,
 )

@@ -173,6 +173,7 @@ def test_a_net_of_nothing_that_is_a_number_is_never_right():
     assert np.isnan(tested.loss)
 
 
+@pytest.mark.slow
 def test_ten_crops_are_averaged():
     """Over their probabilities, as in the paper: the mean of ten answers of the middle."""
     run = trainer(1, 1, recipe=dataclasses.replace(RECIPE, ten_crop=True))
@@ -236,9 +237,10 @@ def changed(**settings) -> Recipe:
     return dataclasses.replace(RECIPE, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("data", "group", "placement"),
-    [(2, 1, "shard_map"), pytest.param(1, 2, "jit", marks=pytest.mark.slow)],
+    [(2, 1, "shard_map"), (1, 2, "jit")],
 )
 def test_a_batch_in_parts_is_the_same_batch(data, group, placement):
     run = trainer(data, group, placement=placement, recipe=changed(accumulate=4))
@@ -251,8 +253,9 @@ def scaled(loss_scale, scale: float):
     return loss_scale.replace(scale=jax.device_put(np.float32(scale), like.sharding))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("mixed_types")
-@pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_sixteen_bits_learn_as_thirty_two(dtype):
     run = trainer(1, 2, recipe=changed(dtype=dtype))
     state = run.init()
@@ -265,6 +268,7 @@ def test_sixteen_bits_learn_as_thirty_two(dtype):
     np.testing.assert_allclose(losses, losses_of_one_device(), rtol=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("mixed_types")
 def test_a_step_that_is_too_large_for_float16_changes_the_scale_only():
     run = trainer(1, 1, recipe=changed(dtype="float16"))

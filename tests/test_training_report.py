@@ -52,6 +52,7 @@ def test_shard_map_moves_what_was_computed_and_nothing_else(data, group):
     }
 
 
+@pytest.mark.slow
 def test_jit_moves_no_more():
     """A sum may be an all-reduce where a reduce-scatter is enough, of the same bytes."""
     found = report(2, 2, "jit")
@@ -78,6 +79,7 @@ def test_memory_against_one_device():
         assert 0.4 * m.alone < m.nbytes < 0.7 * m.alone
 
 
+@pytest.mark.slow
 def test_what_is_exchanged_does_not_grow_with_the_examples_devices():
     lines = [placement_at_scale.compile_step(TINY, make_mesh(data, 2), EXAMPLES) for data in (2, 4)]
     for axis in (DATA, GROUP):

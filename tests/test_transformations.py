@@ -159,6 +159,7 @@ CHECKED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CHECKED, ids=lambda case: case.name)
 @any_implementation
 def test_derivatives_are_the_limits_of_differences(case, implementation):

@@ -221,8 +221,8 @@ def test_what_does_not_follow_can_be_said():
         grouped_conv_transpose(x, w, (2, 2), "SAME")
     out = grouped_conv_transpose(x, w, (2, 2), "SAME", out_sharding=P("data"))
     assert jax.typeof(out).sharding.spec[0] == "data"
-    np.testing.assert_allclose(out, lax.conv_transpose(np.ones((8, 4, 4, 8), "f"),
-                               np.ones((3, 3, 8, 6), "f"), (2, 2), "SAME"), 1e-5)  # fmt: skip
+    ones = jnp.ones((8, 4, 4, 8)), jnp.ones((3, 3, 8, 6))
+    np.testing.assert_allclose(out, lax.conv_transpose(*ones, (2, 2), "SAME"), 1e-5)
 
 
 @pytest.mark.usefixtures("explicit")

@@ -208,7 +208,7 @@ LONG = 8192
 
 
 @every_implementation
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("result", "lhs", "rhs"),
     [
