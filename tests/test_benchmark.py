@@ -98,7 +98,10 @@ def test_workloads_are_what_the_library_makes_of_them(name):
         assert workload.elements(mode) == sum(sizes)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(d, marks=() if d == "float32" else pytest.mark.slow) for d in TOLERANCES],
+)
 @pytest.mark.parametrize("mode", MODES)
 def test_all_contenders_compute_the_same(mode, dtype):
     # In each dtype they are compared by the tests of the library.

@@ -196,6 +196,7 @@ def test_stochastic_depth_skips_later_blocks_more_often_and_whole_examples():
     np.testing.assert_array_equal(model(images()), model(images()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("net", NETS)
 def test_bfloat16_is_computed_in_and_parameters_stay_float32(net):
     model = tiny(net, dtype=jnp.bfloat16)

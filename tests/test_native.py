@@ -77,6 +77,7 @@ def test_every_case_by_every_instruction_set(case, name, only):
     assert_matches_the_oracle(found, case, operands)
 
 
+@pytest.mark.slow
 @every_instruction_set
 @pytest.mark.parametrize("width", WIDTHS, ids=str)
 def test_every_width_by_every_instruction_set(width, name, only):

@@ -129,6 +129,7 @@ def command(monkeypatch, capsys, main, *arguments) -> tuple[int, str, str]:
 # Checkpoints.
 
 
+@pytest.mark.slow
 def test_the_running_mean_of_a_checkpoint_answers_as_in_training(digits):
     images = images_of(digits)
     model = trained.of_run(digits.folder)

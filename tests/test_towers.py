@@ -92,7 +92,9 @@ def under_pmap(net: TowerNet, params):
 
 
 @pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize(
+    "placement", ["shard_map", *(pytest.param(p, marks=pytest.mark.slow) for p in ("jit", "pmap"))]
+)
 @on_each_mesh
 def test_values_and_gradients_are_those_of_the_whole_net(data, group, towers, placement):
     net = tower_net(data, group, towers)
@@ -151,6 +153,7 @@ def test_pmap_of_a_program_of_two_axes_is_its_shard_map(mesh):
     assert f"num_partitions={mesh.size}" in str(pmapped.lower(x).compile().as_text())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(("data", "group", "towers"), [(1, 2, 2), (2, 2, 4)])
 def test_a_device_holds_the_kernels_of_its_towers_only(data, group, towers):

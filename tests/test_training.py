@@ -88,10 +88,6 @@ def losses_of_one_device(towers: int = 2) -> list[float]:
     return train(run, run.init(), STEPS)[1]
 
 
-each_placement = pytest.mark.parametrize(
-    "placement",
-    [pytest.param(p, marks=pytest.mark.slow if p == "pmap" else ()) for p in PLACEMENTS],
-)
 on_each_mesh = pytest.mark.parametrize(
     ("data", "group", "towers"),
     [
@@ -103,7 +99,9 @@ on_each_mesh = pytest.mark.parametrize(
 )
 
 
-@each_placement
+@pytest.mark.parametrize(
+    "placement", ["jit", *(pytest.param(p, marks=pytest.mark.slow) for p in ("shard_map", "pmap"))]
+)
 @on_each_mesh
 def test_the_losses_are_those_of_one_device(data, group, towers, placement):
     run = trainer(data, group, towers=towers, placement=placement)
@@ -122,12 +120,14 @@ def bytes_by_device(tree: Any) -> dict[Any, int]:
     return dict(held)
 
 
+@pytest.mark.slow
 def test_a_device_holds_the_optimizer_state_of_its_towers_only():
     alone, spread = (bytes_by_device(trainer(1, group).init().opt_state) for group in (1, 2))
     assert len(spread) == 2
     assert max(spread.values()) < 0.51 * sum(alone.values())
 
 
+@pytest.mark.slow
 def test_a_second_batch_shape_is_not_compiled_in_silence():
     run = trainer(1, 2)
     state, _ = train(run, run.init(), 2)
@@ -146,6 +146,7 @@ def evaluation(run: Trainer, state: TrainState, source, batch_size: int):
         return run.evaluate(state, batches, batch_size)
 
 
+@pytest.mark.slow
 def test_every_image_is_tested_once():
     run = trainer(2, 2)
     state = run.init()
@@ -303,6 +304,7 @@ def test_the_running_mean_is_that_of_the_parameters():
     assert tested != evaluation(run, state._replace(average=()), images().test, 359)
 
 
+@pytest.mark.slow
 def test_the_epochs_sums_begin_anew():
     run = trainer(1, 1)
     state, losses = train(run, run.init(), 3)
@@ -311,6 +313,7 @@ def test_the_epochs_sums_begin_anew():
     np.testing.assert_allclose(state.epoch.loss, sum(more[1:]), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("mixed_types")
 def test_the_learning_rate_is_divided_when_the_error_stalls():
     run = trainer(1, 1, recipe=changed(schedule="plateau", patience=2, most_drops=2))

@@ -39,6 +39,7 @@ def moved(report, axis):
     return sum(row.compiled_nbytes for row in report.rows if row.axes == (axis,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("data", "group"), [pytest.param(1, 2, marks=pytest.mark.slow), (2, 2)])
 def test_shard_map_moves_what_was_computed_and_nothing_else(data, group):
     found = report(data, group)
