@@ -170,10 +170,10 @@ def _misfit(lhs_shape: Any, rhs_shape: Any, numbers: Any, groups: int) -> str | 
         return does_not_divide(name, groups, "the output features of rhs", outputs)
     if depth == inputs // groups:
         return None
-    fits = depth > 0 and inputs % depth == 0 and outputs % (inputs // depth) == 0
+    fitting = inputs // depth if depth > 0 and inputs % depth == 0 else 0
     mend = (
-        f"feature_group_count={inputs // depth} would fit"
-        if fits
+        f"feature_group_count={fitting} would fit"
+        if fitting > 0 and outputs % fitting == 0
         else f"a kernel for {inputs // groups} input features would fit"
     )
     return (

@@ -204,6 +204,11 @@ not_two_positive = st.one_of(
 )
 
 
+def are_two_sizes(value: Any) -> bool:
+    is_a_pair = isinstance(value, tuple) and len(value) == 2
+    return is_a_pair and all(type(n) is int and n >= 0 for n in value)
+
+
 def names_a_dtype(text: str) -> bool:
     try:
         np.dtype(text)
@@ -254,7 +259,7 @@ WRONG: dict[str, Any] = {
     "strides": st.none() | not_two_positive,
     "lhs_dilation": not_two_positive,
     "rhs_dilation": not_two_positive,
-    "output_padding": not_two_positive.filter(lambda v: v not in ((0, 1), (1, 0))),
+    "output_padding": not_two_positive.filter(lambda v: not are_two_sizes(v)),
     "padding": st.one_of(
         not_a_name.filter(lambda s: s.upper() not in ("CIRCULAR", "REFLECT", "REPLICATE")),
         st.none(),
@@ -273,7 +278,7 @@ WRONG: dict[str, Any] = {
     ),
     "implementation": st.one_of(st.text(), st.integers(), st.lists(st.text())),
     "out_sharding": st.one_of(st.text(min_size=1), st.integers(), st.floats()),
-    "transpose_kernel": st.nothing(),
+    "transpose_kernel": st.one_of(st.none(), st.integers(), st.text(), st.just(ones(()))),
 }
 
 
@@ -294,6 +299,7 @@ def each_as_an_example(test: Callable[..., None]) -> Callable[..., None]:
         ("grouped_conv_transpose", ("rhs", -(2**31) - 1)),
         ("grouped_conv_kernel_grad", ("cotangent", 2**31)),
         ("grouped_conv", ("preferred_element_type", ", ")),
+        ("grouped_conv_input_grad", ("lhs_shape", (0, 0, 0, 0))),
     ):
         test = hypothesis.example(call)(test)
     return test
