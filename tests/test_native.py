@@ -61,7 +61,6 @@ def of_width(inputs: int, outputs: int, groups: int = 3, **more) -> Case:
     return conv2d(lhs, rhs, groups, **more)
 
 
-@pytest.mark.slow
 @every_instruction_set
 @every_case
 def test_every_case_by_every_instruction_set(case, name, only):
@@ -77,7 +76,6 @@ def test_every_case_by_every_instruction_set(case, name, only):
     assert_matches_the_oracle(found, case, operands)
 
 
-@pytest.mark.slow
 @every_instruction_set
 @pytest.mark.parametrize("width", WIDTHS, ids=str)
 def test_every_width_by_every_instruction_set(width, name, only):
