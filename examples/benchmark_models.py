@@ -36,6 +36,7 @@ from benchmarks.machine import cores, environment
 from benchmarks.measure import interleaved
 from grouped_conv_jax import count_multiply_adds, grouped_conv
 from grouped_conv_jax.models import AlexNet, AlexNetConfig, ConvNeXt, MobileNet, ResNeXt
+from grouped_conv_jax.nnx import GroupedConv
 
 ModelName = Literal["alexnet", "resnext50", "mobilenet", "convnext_tiny"]
 ContenderName = Literal["ours", "lax", "torch"]
@@ -302,11 +303,30 @@ def build(
     """A model in training, all of whose convolutions are `convolution`."""
     if name == "alexnet":
         net = AlexNet(alexnet_config(pixels), rngs=nnx.Rngs(0))
-        for layer in net.convolutions:
-            layer.conv_general_dilated = convolution
+        for i, layer in enumerate(net.convolutions):
+            net.convolutions[i] = with_convolution(layer, convolution)
         return net
     model = {"resnext50": ResNeXt, "mobilenet": MobileNet, "convnext_tiny": ConvNeXt}[name]
     return model(NUM_CLASSES, conv_general_dilated=convolution, dtype=dtype, rngs=nnx.Rngs(0))
+
+
+def with_convolution(layer: GroupedConv, convolution: Callable[..., jax.Array]) -> nnx.Conv:
+    """Flax's own layer with the same parameters and settings, on another convolution."""
+    padding: Any = layer.padding
+    name = padding[0][0]
+    made = nnx.Conv(
+        layer.in_features,
+        layer.out_features,
+        layer.kernel_size,
+        layer.strides,
+        # lax has strings for all dimensions only.
+        padding=name if isinstance(name, str) else padding,
+        feature_group_count=layer.feature_group_count,
+        conv_general_dilated=convolution,
+        rngs=nnx.Rngs(0),
+    )
+    made.kernel, made.bias = layer.kernel, layer.bias
+    return made
 
 
 def alexnet_config(pixels: int) -> AlexNetConfig:
