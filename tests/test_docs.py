@@ -44,6 +44,7 @@ WITH_CODE = [page for page in PAGES if blocks(page, "python") and page != "migra
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("page", WITH_CODE)
 def test_the_code_of_a_page_runs_in_order(page, tmp_path, monkeypatch):
+    # The page names an instruction set, and setting one that is missing is an error.
     if page == "native.md" and "avx2" not in native.instruction_sets():
         pytest.skip("it uses instructions that this processor, or this build, has not")
     monkeypatch.chdir(tmp_path)
