@@ -5,6 +5,7 @@ the input is extended, and the convolution pads what is left with zeros, or crop
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -53,6 +54,13 @@ Amounts = Callable[[Geometry], tuple[Any, Any]]
 
 def _same(dimension: Geometry, padding: str) -> tuple[Any, Any]:
     size, window, stride, _ = dimension
+    is_known = isinstance(size, int) and isinstance(window, int)
+    return (_same_in_lax if is_known else _same_in_lax.__wrapped__)(size, window, stride, padding)
+
+
+@functools.lru_cache(maxsize=1024)
+def _same_in_lax(size: Any, window: Any, stride: int, padding: str) -> tuple[Any, Any]:
+    # Cached, since outside jit it would be a quarter of the cost of a call.
     (pair,) = lax.padtype_to_pads((size,), (window,), (stride,), padding)
     low, high = (int(n) if isinstance(n, np.integer) else n for n in pair)
     return low, high
