@@ -325,11 +325,12 @@ def test_the_benchmark_from_its_options_to_its_file(tmp_path, capsys):
         assert len(seconds["all"]) == 2
         assert 0 < seconds["min"] <= seconds["median"] <= seconds["max"]
         assert contender["images_per_second"] == 2 / seconds["median"]
-        assert len(contender["losses"]) == 3
+        # One step at least is not timed; of short ones there are more.
+        assert len(contender["losses"]) >= 3
         assert np.isfinite(contender["losses"]).all()
     ours, lax_ = contenders["ours"], contenders["lax"]
-    np.testing.assert_allclose(ours["losses"], lax_["losses"], rtol=1e-3)
-    assert len(set(ours["losses"])) == 3
+    np.testing.assert_allclose(ours["losses"][:3], lax_["losses"][:3], rtol=1e-3)
+    assert len(set(ours["losses"])) >= 3
     # Parameters and momentum, updated in place.
     assert ours["memory"]["alias"] > 2 * 4 * result["parameters"]
     shown = capsys.readouterr().out
