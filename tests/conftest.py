@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from compilation import compile_quickly
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -17,9 +18,13 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--platform", default="cpu", help="of JAX: cpu, cuda, rocm or tpu")
 
+    parser.addoption("--optimized", action="store_true", help="compile as users do")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     platform = config.getoption("--platform")
+    if platform == "cpu" and not config.getoption("--optimized"):
+        compile_quickly()
     jax.config.update("jax_platforms", platform if platform == "cpu" else f"{platform},cpu")
     jax.config.update("jax_num_cpu_devices", 8)
     if platform != "cpu":
@@ -48,14 +53,6 @@ def x64() -> Iterator[None]:
     """64-bit types, for this test only."""
     with jax.enable_x64(True):
         yield
-
-
-@pytest.fixture
-def quick_compilation() -> Iterator[None]:
-    """For tests of what is computed, not of the machine code: a fifth of the compilation time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

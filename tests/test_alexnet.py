@@ -19,8 +19,6 @@ from grouped_conv_jax.models import ALEXNETS, AlexNet, AlexNetConfig, alexnet_ex
 from grouped_conv_jax.models.alexnet import local_response_normalization
 from grouped_conv_jax.towers import DATA, GROUP, TowerNet, make_mesh
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TINY = dataclasses.replace(
     AlexNetConfig.small(num_classes=7),
     convolutions=tuple(

@@ -19,8 +19,6 @@ from benchmarks.rows import TOLERANCES, Settings, compared, measured, prepared
 from benchmarks.workloads import MADE, MODES, USED, WORKLOADS, Workload
 from grouped_conv_jax import count_multiply_adds, grouped_conv
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 NUMBERS = (2, 9, 8, 8, 12, 3, 2, 4)
 TINY = Workload.of("tiny", NUMBERS)
 ONCE = Settings(dtype="float32", turns=1, calls=1, budget=0.0)

@@ -23,6 +23,8 @@ from alexnet.metrics import read_metrics
 from alexnet.run import set_up
 from alexnet.stopping import Stop
 
+pytestmark = pytest.mark.training
+
 SCRIPT = Path(__file__).parents[1] / "examples" / "train_alexnet.py"
 
 SETTINGS: dict[str, Any] = {
@@ -31,8 +33,6 @@ SETTINGS: dict[str, Any] = {
     "schedule": "constant",
     "warmup_epochs": 0.0,
 }
-
-QUICK = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def started(
                     cwd=folder,
                     stdout=out,
                     stderr=e,
-                    env=QUICK | environment,
+                    env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
                 )
             )
     try:
@@ -154,7 +154,6 @@ def assert_same(actual: list[dict], expected: list[dict]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("count", "mesh", "how"),
     [
@@ -176,7 +175,6 @@ def test_several_processes_train_as_one(folder, count, mesh, how):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(("killed", "placement"), [(0, "shard_map"), (1, "jit")])
 def test_when_one_is_killed_the_others_end_and_the_run_goes_on(folder, killed, placement):
     epochs = 30
@@ -211,7 +209,7 @@ def program(code: str) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
         timeout=100,
-        env=QUICK,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
         check=False,
     )
 
@@ -294,7 +292,6 @@ def test_processes_begin_together_or_not_at_all(folder, different, reason):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("told", "early", "placement"),
     [((0,), False, "shard_map"), ((0, 1), False, "jit"), ((1,), True, "jit")],

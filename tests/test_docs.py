@@ -41,7 +41,6 @@ WITH_CODE = [page for page in PAGES if blocks(page, "python") and page != "migra
 """Those whose code needs no other library; test_migration runs that page's."""
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("page", WITH_CODE)
 def test_the_code_of_a_page_runs_in_order(page, tmp_path, monkeypatch):
     # The page names an instruction set, and setting one that is missing is an error.

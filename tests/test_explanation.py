@@ -17,8 +17,6 @@ from grouped_conv_jax import Explanation, explain, grouped_conv, implementations
 from grouped_conv_jax.algorithms import TABLE, unsupported, xla
 from grouped_conv_jax.towers import make_mesh
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONTRACTIONS = ("fprop", "dgrad", "wgrad")
 (CASE,) = named("NHWC")
 X, W, Y = CASE.random()

@@ -21,8 +21,6 @@ from grouped_conv_jax import (
     streaming_conv,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 NAMES = ["NCHW", "depthwise, multiplier 2", "both dilated, strided, cropped, three groups"]
 
 

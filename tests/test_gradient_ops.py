@@ -18,8 +18,6 @@ from test_values import assert_matches_the_oracle
 from grouped_conv_jax import grouped_conv_input_grad, grouped_conv_kernel_grad
 from grouped_conv_jax.collectives import collectives
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def gradients(case: Case, implementation: str | None = None, **more: Any) -> Callable[..., Any]:
     """Both, of (x, w, y)."""

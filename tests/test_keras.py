@@ -11,7 +11,7 @@ from cases import every_implementation, random
 
 from grouped_conv_jax import grouped_conv, grouped_conv_transpose
 
-pytestmark = pytest.mark.usefixtures("x64", "quick_compilation")
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 @pytest.fixture(scope="module")

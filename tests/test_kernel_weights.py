@@ -23,8 +23,6 @@ from grouped_conv_jax.weights import (
     split_groups,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # Written out for two spatial dimensions, as the libraries document them.
 TRANSPOSED = "transposed "
 LAYOUTS = {

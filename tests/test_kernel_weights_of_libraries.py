@@ -16,8 +16,6 @@ from test_kernel_weights import STRIDES, image_of, kernel_of, layer
 from grouped_conv_jax.transpose import grouped_conv_transpose
 from grouped_conv_jax.weights import convert_kernel
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [1, 2, 3])

@@ -17,8 +17,6 @@ from jaxprs import convolutions
 import grouped_conv_jax
 from grouped_conv_jax import grouped_conv
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # Arguments of a layer with 6 inputs and 12 outputs in 3 groups, and the shape of its input.
 LAYERS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "two dimensions": (dict(kernel_size=(3, 3)), (2, 7, 6, 6)),

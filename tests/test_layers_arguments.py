@@ -14,8 +14,6 @@ from flax_layers import FEATURES, IN_FEATURES, Layer
 import grouped_conv_jax.linen
 import grouped_conv_jax.nnx
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ALL = (
     "GroupedConv",
     "DepthwiseConv",

@@ -7,8 +7,6 @@ import pytest
 from flax import nnx
 from flax_layers import Layer, as_function, assert_trees_close, randomized
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 LAYER = Layer("CausalConv", dict(kernel_size=3, kernel_dilation=2), (9,))
 
 

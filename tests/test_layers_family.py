@@ -14,8 +14,6 @@ from flax_layers import Layer, as_function, assert_trees_close, kernels, randomi
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxprs import convolutions
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # One of each.
 FAMILY = {
     layer.name: layer

@@ -13,8 +13,6 @@ from flax_layers import as_function, assert_trees_close, randomized
 import grouped_conv_jax.linen
 import grouped_conv_jax.nnx
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # Arguments of layers with 3 inputs and 4 outputs, and the shape of the input.
 TRANSPOSED: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "no strides": (dict(kernel_size=(3, 3), padding=[(1, 2), 0], use_bias=False), (2, 4, 3, 3)),

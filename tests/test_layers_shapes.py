@@ -10,8 +10,6 @@ from flax_layers import IN_FEATURES, Layer, as_function, assert_trees_close, ran
 from jax import export
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # Those that Flax's Conv would pad by itself are in the default run.
 each_string = pytest.mark.parametrize(
     "padding",

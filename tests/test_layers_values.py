@@ -13,8 +13,6 @@ from flax_layers import Layer, as_function, randomized
 from grouped_conv_jax import grouped_conv
 from grouped_conv_jax.local import grouped_conv_local
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 LAST = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
 
 

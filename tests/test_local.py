@@ -19,8 +19,6 @@ from grouped_conv_jax import count_multiply_adds, grouped_conv
 from grouped_conv_jax.collectives import collectives
 from grouped_conv_jax.local import grouped_conv_local
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def layouts(case: Case) -> dict[str, tuple[int, ...]]:
     return oracle.layouts(len(case.lhs) - 2, **case.arguments)

@@ -52,7 +52,6 @@ def test_each_peer_has_its_section():
 
 # Keras asks its variables for arrays as NumPy 1 did.
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     "section",
     [

@@ -15,8 +15,6 @@ from jaxprs import convolutions
 from grouped_conv_jax import count_multiply_adds, grouped_conv
 from grouped_conv_jax.mixed import grouped_conv_mixed
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 class Mixed:
     """An input, one kernel shape and one set of the oracle's arguments for each part."""

@@ -22,8 +22,6 @@ from grouped_conv_jax.counting import count_bytes, count_flops, count_parameters
 from grouped_conv_jax.layers import Convolution
 from grouped_conv_jax.models import ConvNeXt, MobileNet, ResNeXt
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 NETS = (ResNeXt, MobileNet, ConvNeXt)
 
 TINY: dict[type, dict[str, Any]] = {

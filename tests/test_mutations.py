@@ -73,7 +73,6 @@ def mutate(monkeypatch: pytest.MonkeyPatch, name: str, contraction: Contraction,
 (GROUPED,) = named("rank 1")
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @every_order
 @every_contraction
 @pytest.mark.parametrize(
@@ -92,7 +91,6 @@ def test_another_order_of_the_groups_is_refused(name, contraction, order, monkey
         check_values(GROUPED, name)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @every_order
 @every_contraction
 def test_another_order_of_the_groups_in_the_choice_is_refused(contraction, order, monkeypatch):
@@ -102,7 +100,6 @@ def test_another_order_of_the_groups_in_the_choice_is_refused(contraction, order
         check_values(GROUPED, None)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_mutant_is_met_in_the_table_only(monkeypatch):
     with monkeypatch.context() as patched:
         mutate(patched, "xla", "fprop", "rotated")
@@ -146,7 +143,6 @@ LARGE = [
 ]
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(("case", "implementation"), LARGE, ids=[case.name for case, _ in LARGE])
 def test_values_from_some_size_on(case, implementation):
     check_values(case, implementation)

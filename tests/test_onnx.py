@@ -23,8 +23,6 @@ onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 node_tests = importlib.import_module("onnx.backend.test.case.node")
 loader = importlib.import_module("onnx.backend.test.loader")
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 MODULES = ("conv", "convtranspose", "convinteger", "causal_conv_with_state")
 KINDS = ("pytorch-converted", "pytorch-operator")
 

@@ -14,8 +14,6 @@ from test_partition import MESH, assert_local, assert_right, divided
 
 from grouped_conv_jax import grouped_conv, grouped_conv_transpose
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 NUMPY = {"CIRCULAR": "wrap", "REFLECT": "reflect", "REPLICATE": "edge"}
 X = random("x", (2, 5, 4, 4), np.float32)
 W = random("w", (3, 4, 2, 6), np.float32)

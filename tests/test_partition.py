@@ -23,8 +23,6 @@ from grouped_conv_jax.collectives import Collective, collectives
 from grouped_conv_jax.plan import choose
 from grouped_conv_jax.spec import Contraction, ConvSpec
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONTRACTIONS: tuple[Contraction, ...] = ("fprop", "dgrad", "wgrad")
 
 
@@ -190,10 +188,12 @@ def test_batch_and_groups_are_local_on_any_mesh(split):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("split", list(SPLITS))
+@pytest.mark.parametrize("turn", range(4))
 @each_case(DIVIDED)
-def test_every_case_is_local(case, split):
-    assert_local(case, split, None)
+def test_every_case_is_local(case, turn):
+    # Each case on four of the meshes, each mesh with every other or third case.
+    splits = list(SPLITS)
+    assert_local(case, splits[(DIVIDED.index(case) + 3 * turn) % len(splits)], None)
 
 
 def dense(name: str, lhs, rhs, groups: int = 1, **more) -> Case:

@@ -17,8 +17,6 @@ from jaxprs import primitives
 from grouped_conv_jax.collectives import collectives
 from grouped_conv_jax.patches import grouped_conv_patches
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def patches_of(case: Case) -> Case:
     """The convolution that takes patches: a group for each feature, an output for each tap."""

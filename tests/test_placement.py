@@ -17,8 +17,6 @@ from grouped_conv_jax.models import AlexNet, AlexNetConfig, alexnet_exchanges
 from grouped_conv_jax.placement import Exchange, Memory, placement_report
 from grouped_conv_jax.towers import DATA, GROUP, TowerNet, make_mesh
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 EXAMPLES = 3
 
 

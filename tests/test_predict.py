@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 
 import export_alexnet
@@ -34,14 +33,6 @@ from grouped_conv_jax.models import ALEXNETS
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 BATCH = 8
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    """As `quick_compilation`, of which the runs of this module are made too."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def new_run(folder: Path, data: str, mesh: tuple[int, int], **recipe) -> Run:
@@ -227,7 +218,7 @@ def test_an_exported_net_runs_without_this_package_by_the_lines_of_the_docstring
         text=True,
         timeout=300,
         env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu"},
+        | {"JAX_PLATFORMS": "cpu"},
         check=False,
     )
     assert result.returncode == 0, result.stderr

@@ -17,8 +17,6 @@ import grouped_conv_jax
 hypothesis: Any = pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 st: Any = pytest.importorskip("hypothesis.strategies")
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def examples(count: int, *, derandomize: bool = True) -> Callable[[Any], Any]:
     """The same ones each time, unless told otherwise. A compilation is slow, but nothing hangs."""

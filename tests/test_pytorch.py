@@ -19,7 +19,7 @@ from grouped_conv_jax import (
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
-pytestmark = pytest.mark.usefixtures("x64", "quick_compilation")
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -16,8 +16,6 @@ from grouped_conv_jax import grouped_conv, implementations, native, selection
 from grouped_conv_jax.algorithms import unsupported
 from grouped_conv_jax.spec import Contraction, ConvSpec
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONTRACTIONS: tuple[Contraction, ...] = ("fprop", "dgrad", "wgrad")
 every_workload = pytest.mark.parametrize("name", WORKLOADS)
 every_contraction = pytest.mark.parametrize("contraction", CONTRACTIONS)

@@ -14,8 +14,6 @@ from test_values import assert_matches_the_oracle, value_and_gradients
 
 from grouped_conv_jax.collectives import collectives
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 GROUPS = 4
 CASE = Case(
     "sharded",

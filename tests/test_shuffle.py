@@ -14,8 +14,6 @@ from jax.sharding import PartitionSpec as P
 from grouped_conv_jax import grouped_conv
 from grouped_conv_jax.shuffle import channel_shuffle
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SHAPES = [((6,), 0), ((2, 3, 12), -1), ((2, 12, 3), 1), ((12, 1, 2), -3), ((0, 12), 1), ((2, 0), 1)]
 
 

@@ -16,8 +16,6 @@ from jax.sharding import PartitionSpec as P
 from grouped_conv_jax import grouped_conv
 from grouped_conv_jax.streaming import CHANNELS_LAST, streaming_conv, streaming_conv_state
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 LENGTH = 11
 
 

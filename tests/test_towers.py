@@ -91,7 +91,6 @@ def under_pmap(net: TowerNet, params):
     return pmapped(params, jnp.asarray(IMAGES), jax.random.split(jax.random.key(7), len(IMAGES)))
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     "placement", ["shard_map", *(pytest.param(p, marks=pytest.mark.slow) for p in ("jit", "pmap"))]
 )
@@ -112,7 +111,6 @@ def test_values_and_gradients_are_those_of_the_whole_net(data, group, towers, pl
     assert max(np.abs(g).max() for g in jax.tree.leaves(expected[0])) > 1e-2
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_net_is_called_under_pmap():
     net = tower_net(2, 2, 2)
     params = jax.device_put(whole_params(2), net.shardings)
@@ -154,7 +152,6 @@ def test_pmap_of_a_program_of_two_axes_is_its_shard_map(mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(("data", "group", "towers"), [(1, 2, 2), (2, 2, 4)])
 def test_a_device_holds_the_kernels_of_its_towers_only(data, group, towers):
     net = tower_net(data, group, towers)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from compilation import optimized
 from flax import nnx
 from PIL import Image
 from settings import PARTS, config_of
@@ -23,6 +24,8 @@ from alexnet.run import CONFIG, newest_run, set_up
 from alexnet.weights import write_weights
 from grouped_conv_jax.models import AlexNet
 
+pytestmark = pytest.mark.training
+
 SCRIPT = Path(__file__).parents[1] / "examples" / "train_alexnet.py"
 
 RUN = ("--data", "folder:images", "--batch-size", 16, "--run-dir", "run")
@@ -31,25 +34,21 @@ RUN = ("--data", "folder:images", "--batch-size", 16, "--run-dir", "run")
 AGAIN = ("--resume", "--run-dir", "run")
 
 
-def quick(optimized: bool = False) -> dict[str, str]:
-    return os.environ | ({} if optimized else {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"})
-
-
-def run(folder: Path, cache: Path, *arguments, optimized: bool = False) -> Any:
+def run(folder: Path, cache: Path, *arguments, env: dict[str, str] | None = None) -> Any:
     return subprocess.run(
         [sys.executable, SCRIPT, *map(str, arguments), "--cache", str(cache)],
         cwd=folder,
         capture_output=True,
         text=True,
         timeout=900,
-        env=quick(optimized),
+        env=env,
         check=False,
     )
 
 
-def run_well(folder: Path, cache: Path, *arguments, optimized: bool = False) -> str:
+def run_well(folder: Path, cache: Path, *arguments, env: dict[str, str] | None = None) -> str:
     """What a run says that ends well."""
-    result = run(folder, cache, *arguments, optimized=optimized)
+    result = run(folder, cache, *arguments, env=env)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -205,7 +204,6 @@ def test_a_run_stopped_at_once_goes_on(folder, cache):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=quick(),
     )
     assert process.stdout is not None
     for line in process.stdout:
@@ -325,13 +323,13 @@ def test_a_folder_of_images_is_trained_on_with_four_towers(folder, cache):
 
 @pytest.mark.slow
 def test_the_default_run_reaches_97_percent(tmp_path, cache):
-    run_well(tmp_path, cache, optimized=True)
+    run_well(tmp_path, cache, env=optimized())
     (path,) = (tmp_path / "runs").iterdir()
     assert lines(path)[-1]["top1_error"] <= 0.03
 
 
 @pytest.mark.slow
 def test_the_photographs_are_told_apart(tmp_path, cache):
-    run_well(tmp_path, cache, "--preset", "photos", "--epochs", 20, optimized=True)
+    run_well(tmp_path, cache, "--preset", "photos", "--epochs", 20, env=optimized())
     (path,) = (tmp_path / "runs").iterdir()
     assert lines(path)[-1]["top1_error"] <= 0.4

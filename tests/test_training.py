@@ -24,8 +24,6 @@ from alexnet.state import TrainState
 from alexnet.training import Trainer, tower_net
 from grouped_conv_jax.towers import PLACEMENTS, Placement, make_mesh
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 BATCH, STEPS = 16, 8
 
 

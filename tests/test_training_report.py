@@ -11,8 +11,6 @@ from alexnet.report import training_report
 from alexnet.training import Trainer, tower_net
 from grouped_conv_jax.towers import DATA, GROUP, Placement, make_mesh
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 EXAMPLES = 4
 
 

@@ -21,7 +21,7 @@ from cases import (
 from jax.test_util import check_grads
 from jaxprs import primitives
 
-pytestmark = pytest.mark.usefixtures("x64", "quick_compilation")
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def derivatives(conv):

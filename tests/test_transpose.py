@@ -24,8 +24,6 @@ from transposed_cases import (
 
 from grouped_conv_jax import grouped_conv, grouped_conv_input_grad, grouped_conv_transpose
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @every_transposed
 def test_value_and_gradients_are_those_of_the_oracle(case):

@@ -28,8 +28,6 @@ from grouped_conv_jax.occurrences import occurrences
 from grouped_conv_jax.spec import ConvSpec
 from grouped_conv_jax.towers import make_mesh
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONTRACTIONS = ("fprop", "dgrad", "wgrad")
 HERE = DeviceKind("cpu", "cpu")
 (CASE,) = named("NHWC")

@@ -41,14 +41,6 @@ def assert_matches_the_oracle(actual, case: Case, operands, accumulator=None) ->
         oracle.assert_close(a, e, length, accumulator=accumulator, name=name)
 
 
-@pytest.mark.slow
-@every_case
-@every_implementation
-def test_value_and_gradients_are_right_when_optimized(case, implementation):
-    test_value_and_gradients_are_those_of_the_oracle(case, implementation)
-
-
-@pytest.mark.usefixtures("quick_compilation")
 @representative_cases
 @every_implementation
 def test_value_and_gradients_are_those_of_the_oracle(case, implementation):
@@ -57,10 +49,16 @@ def test_value_and_gradients_are_those_of_the_oracle(case, implementation):
     assert_matches_the_oracle(actual, case, operands)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @every_case
 def test_value_and_gradients_of_the_choice_are_those_of_the_oracle(case):
     test_value_and_gradients_are_those_of_the_oracle(case, None)
+
+
+@pytest.mark.slow
+@every_case
+@every_implementation
+def test_value_and_gradients_in_every_case_are_those_of_the_oracle(case, implementation):
+    test_value_and_gradients_are_those_of_the_oracle(case, implementation)
 
 
 @every_case
@@ -117,7 +115,6 @@ def test_another_order_of_the_groups_would_not_pass(case, order):
 DTYPE_CASES = named("NCHW", "depthwise, multiplier 2", "two batch groups")
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @each_case(DTYPE_CASES)
 @any_implementation
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "complex64", "float64", "complex128"])
@@ -140,7 +137,6 @@ def test_small_integers_add_up_in_the_preferred_type(case, implementation):
     np.testing.assert_array_equal(actual, expected)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @each_case(DTYPE_CASES[:2])
 @any_implementation
 @pytest.mark.parametrize(
@@ -166,7 +162,6 @@ def test_integers_in_all_three_contractions(case, implementation, dtype, wide):
         np.testing.assert_array_equal(a, e.astype(np.int64).astype(t))
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @each_case(DTYPE_CASES[:2])
 @any_implementation
 @pytest.mark.parametrize("wide", ["float32", "bfloat16", None])
@@ -179,7 +174,6 @@ def test_floats_of_8_bits(case, implementation, dtype, wide):
     assert_matches_the_oracle(actual, case, (x, w, y), accumulator=np.float32)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @each_case(DTYPE_CASES)
 @any_implementation
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

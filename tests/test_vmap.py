@@ -17,7 +17,7 @@ from cases import (
 )
 from jaxprs import convolutions, primitives
 
-pytestmark = pytest.mark.usefixtures("x64", "quick_compilation")
+pytestmark = pytest.mark.usefixtures("x64")
 
 SUBSETS = [mapped for mapped in itertools.product((False, True), repeat=3) if any(mapped)]
 

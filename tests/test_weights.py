@@ -18,8 +18,6 @@ from alexnet.errors import UsageError
 from alexnet.weights import CAFFE, TORCHVISION, read_weights, write_weights
 from grouped_conv_jax.models import AlexNetConfig
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def images_of(config: AlexNetConfig, count: int = 2) -> np.ndarray:
     size = config.image_size
