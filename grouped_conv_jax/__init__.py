@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from grouped_conv_jax import weights
 from grouped_conv_jax.algorithms import implementations
-from grouped_conv_jax.conv import grouped_conv
 from grouped_conv_jax.counting import (
     count_bytes,
     count_flops,
@@ -17,14 +16,15 @@ from grouped_conv_jax.counting import (
     count_parameters,
 )
 from grouped_conv_jax.explanation import Explanation, explain
-from grouped_conv_jax.gradients import grouped_conv_input_grad, grouped_conv_kernel_grad
-from grouped_conv_jax.local import grouped_conv_local
 from grouped_conv_jax.measuring import tune
-from grouped_conv_jax.mixed import grouped_conv_mixed
-from grouped_conv_jax.patches import grouped_conv_patches
-from grouped_conv_jax.shuffle import channel_shuffle
-from grouped_conv_jax.streaming import streaming_conv, streaming_conv_state
-from grouped_conv_jax.transpose import grouped_conv_transpose
+from grouped_conv_jax.operations.conv import grouped_conv
+from grouped_conv_jax.operations.gradients import grouped_conv_input_grad, grouped_conv_kernel_grad
+from grouped_conv_jax.operations.local import grouped_conv_local
+from grouped_conv_jax.operations.mixed import grouped_conv_mixed
+from grouped_conv_jax.operations.patches import grouped_conv_patches
+from grouped_conv_jax.operations.shuffle import channel_shuffle
+from grouped_conv_jax.operations.streaming import streaming_conv, streaming_conv_state
+from grouped_conv_jax.operations.transpose import grouped_conv_transpose
 from grouped_conv_jax.tuning import Tuning
 from grouped_conv_jax.version import __version__
 

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 
 from grouped_conv_jax import selection
 from grouped_conv_jax.algorithms import TABLE, unsupported
-from grouped_conv_jax.conv import grouped_conv
 from grouped_conv_jax.devices import DeviceKind
 from grouped_conv_jax.occurrences import Occurrence, occurrences
+from grouped_conv_jax.operations.conv import grouped_conv
 from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec
 from grouped_conv_jax.table import aligned
 from grouped_conv_jax.tuning import Tuning, active, runs_unasked

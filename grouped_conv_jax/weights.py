@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grouped_conv_jax import arguments
 from grouped_conv_jax.explicit import untyped
 from grouped_conv_jax.kernel_layouts import KernelLayout, parsed_layout, spatial_letters
+from grouped_conv_jax.operations import arguments
 
 __all__ = ["convert_kernel", "densify", "merge_groups", "regroup", "split_groups"]
 

@@ -11,7 +11,7 @@ import pytest
 from cases import named
 from jax import lax
 
-import grouped_conv_jax.conv
+import grouped_conv_jax.operations.conv
 from grouped_conv_jax import grouped_conv
 
 LHS, RHS = (4, 6, 5, 5), (4, 3, 3, 3)
@@ -331,7 +331,7 @@ def test_a_wrong_argument_is_refused_before_any_work(wrong, how, monkeypatch):
     def work(*_, **__):
         raise AssertionError("it was not refused")
 
-    monkeypatch.setattr(grouped_conv_jax.conv, "contract", work)
+    monkeypatch.setattr(grouped_conv_jax.operations.conv, "contract", work)
     changes, exception, parts = WRONG[wrong]
     lhs, rhs, arguments = operands_and_arguments(changes)
 

@@ -13,7 +13,7 @@ from flax import nnx
 from jax import lax
 from test_kernel_weights import STRIDES, image_of, kernel_of, layer
 
-from grouped_conv_jax.transpose import grouped_conv_transpose
+from grouped_conv_jax.operations.transpose import grouped_conv_transpose
 from grouped_conv_jax.weights import convert_kernel
 
 

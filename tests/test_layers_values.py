@@ -11,7 +11,7 @@ from flax import nnx
 from flax_layers import Layer, as_function, randomized
 
 from grouped_conv_jax import grouped_conv
-from grouped_conv_jax.local import grouped_conv_local
+from grouped_conv_jax.operations.local import grouped_conv_local
 
 LAST = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
 

@@ -17,7 +17,7 @@ from jaxprs import equations
 
 from grouped_conv_jax import count_multiply_adds, grouped_conv
 from grouped_conv_jax.collectives import collectives
-from grouped_conv_jax.local import grouped_conv_local
+from grouped_conv_jax.operations.local import grouped_conv_local
 
 
 def layouts(case: Case) -> dict[str, tuple[int, ...]]:

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxprs import convolutions
 
 from grouped_conv_jax import count_multiply_adds, grouped_conv
-from grouped_conv_jax.mixed import grouped_conv_mixed
+from grouped_conv_jax.operations.mixed import grouped_conv_mixed
 
 
 class Mixed:

@@ -17,7 +17,7 @@ import pytest
 from cases import IMPLEMENTATIONS
 
 from grouped_conv_jax import grouped_conv, grouped_conv_transpose
-from grouped_conv_jax.streaming import streaming_conv
+from grouped_conv_jax.operations.streaming import streaming_conv
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 node_tests = importlib.import_module("onnx.backend.test.case.node")

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxprs import primitives
 
 from grouped_conv_jax.collectives import collectives
-from grouped_conv_jax.patches import grouped_conv_patches
+from grouped_conv_jax.operations.patches import grouped_conv_patches
 
 
 def patches_of(case: Case) -> Case:

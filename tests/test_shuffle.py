@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from grouped_conv_jax import grouped_conv
-from grouped_conv_jax.shuffle import channel_shuffle
+from grouped_conv_jax.operations.shuffle import channel_shuffle
 
 SHAPES = [((6,), 0), ((2, 3, 12), -1), ((2, 12, 3), 1), ((12, 1, 2), -3), ((0, 12), 1), ((2, 0), 1)]
 

@@ -14,7 +14,11 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from grouped_conv_jax import grouped_conv
-from grouped_conv_jax.streaming import CHANNELS_LAST, streaming_conv, streaming_conv_state
+from grouped_conv_jax.operations.streaming import (
+    CHANNELS_LAST,
+    streaming_conv,
+    streaming_conv_state,
+)
 
 LENGTH = 11
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from grouped_conv_jax.arguments import check_divides
+from grouped_conv_jax.operations.arguments import check_divides
 from grouped_conv_jax.spec import Role
 
 Mode = Literal["fprop", "dgrad", "wgrad", "training"]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grouped_conv_jax import arguments
+from grouped_conv_jax.operations import arguments
 
 
 class Call(NamedTuple):

@@ -5,11 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grouped_conv_jax import arguments
 from grouped_conv_jax.layers.calling import Call, flattened
 from grouped_conv_jax.layers.convolution import sizes
 from grouped_conv_jax.layers.window import Window, is_integer, window
-from grouped_conv_jax.streaming import streaming_conv
+from grouped_conv_jax.operations import arguments
+from grouped_conv_jax.operations.streaming import streaming_conv
 
 
 def causal_window(kernel_size: Any, kernel_dilation: Any) -> Window:

@@ -5,11 +5,11 @@ from typing import Any
 
 import jax
 
-from grouped_conv_jax import arguments
 from grouped_conv_jax.algorithms import check_name
-from grouped_conv_jax.conv import grouped_conv
 from grouped_conv_jax.layers.calling import Call
 from grouped_conv_jax.layers.window import Window
+from grouped_conv_jax.operations import arguments
+from grouped_conv_jax.operations.conv import grouped_conv
 
 
 @dataclasses.dataclass(frozen=True)

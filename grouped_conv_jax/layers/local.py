@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from grouped_conv_jax import arguments
-from grouped_conv_jax.conv import grouped_conv
 from grouped_conv_jax.layers.convolution import check_features
 from grouped_conv_jax.layers.window import Window, window
-from grouped_conv_jax.local import grouped_conv_local
+from grouped_conv_jax.operations import arguments
+from grouped_conv_jax.operations.conv import grouped_conv
+from grouped_conv_jax.operations.local import grouped_conv_local
 
 
 @dataclasses.dataclass(frozen=True)

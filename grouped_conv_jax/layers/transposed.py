@@ -5,12 +5,12 @@ from typing import Any
 
 import jax
 
-from grouped_conv_jax import arguments
 from grouped_conv_jax.algorithms import check_name
 from grouped_conv_jax.layers.convolution import check_features
 from grouped_conv_jax.layers.window import Window, for_each, window
-from grouped_conv_jax.padding import TRANSPOSED
-from grouped_conv_jax.transpose import grouped_conv_transpose
+from grouped_conv_jax.operations import arguments
+from grouped_conv_jax.operations.padding import TRANSPOSED
+from grouped_conv_jax.operations.transpose import grouped_conv_transpose
 
 CIRCULAR = ("CIRCULAR", None)
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from jax import lax
 
-from grouped_conv_jax import arguments
-from grouped_conv_jax.padding import FORWARD, Geometry, is_of_one_dimension, pads
+from grouped_conv_jax.operations import arguments
+from grouped_conv_jax.operations.padding import FORWARD, Geometry, is_of_one_dimension, pads
 
 LayerPadding = int | str | Sequence[Any]
 """What layers take: an integer (both sides of all dimensions), or what `grouped_conv` takes, with

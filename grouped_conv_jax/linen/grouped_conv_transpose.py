@@ -11,7 +11,7 @@ from grouped_conv_jax.layers.convolution import sizes
 from grouped_conv_jax.layers.transposed import transposed_of
 from grouped_conv_jax.layers.window import LayerPadding, padding_of
 from grouped_conv_jax.linen.parameters import call
-from grouped_conv_jax.padding import TRANSPOSED
+from grouped_conv_jax.operations.padding import TRANSPOSED
 
 
 class GroupedConvTranspose(linen.ConvTranspose):

@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import Literal, get_args
 
-from grouped_conv_jax.arguments import check_divides
+from grouped_conv_jax.operations.arguments import check_divides
 
 POOL_SIZE, POOL_STRIDE = 3, 2
 """Windows of 3 every 2 pixels: overlapping pooling (section 3.4 of the paper)."""

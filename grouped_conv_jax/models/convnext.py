@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from grouped_conv_jax.conv import grouped_conv
+from grouped_conv_jax.operations.conv import grouped_conv
 
 STEM_SIZE = 4
 """The first convolution makes one position of so many pixels along an edge."""

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from grouped_conv_jax.conv import grouped_conv
+from grouped_conv_jax.operations.conv import grouped_conv
 
 EXPANSION = 4
 """How many times the features of the stem a block of the first stage gives."""

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from grouped_conv_jax import arguments
 from grouped_conv_jax.explicit import untyped
+from grouped_conv_jax.operations import arguments
 
 
 def channel_shuffle(x: ArrayLike, feature_group_count: int, axis: int = -1) -> jax.Array:
@@ -34,7 +34,7 @@ def channel_shuffle(x: ArrayLike, feature_group_count: int, axis: int = -1) -> j
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from grouped_conv_jax.shuffle import channel_shuffle
+      >>> from grouped_conv_jax.operations.shuffle import channel_shuffle
       >>> channel_shuffle(jnp.arange(6), feature_group_count=2)
       Array([0, 3, 1, 4, 2, 5], dtype=int32)
 

@@ -9,12 +9,12 @@ from jax.core import ShapedArray
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from grouped_conv_jax import arguments
 from grouped_conv_jax.algorithms import check_name
 from grouped_conv_jax.contraction import contract
 from grouped_conv_jax.explicit import canonical, has_explicit_axes, mesh_of, sharding_of_result
-from grouped_conv_jax.forward import Forward, forward
-from grouped_conv_jax.padding import PaddingLike
+from grouped_conv_jax.operations import arguments
+from grouped_conv_jax.operations.forward import Forward, forward
+from grouped_conv_jax.operations.padding import PaddingLike
 
 
 def grouped_conv_input_grad(

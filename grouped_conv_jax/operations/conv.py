@@ -11,8 +11,8 @@ from jax.typing import ArrayLike, DTypeLike
 from grouped_conv_jax.algorithms import check_name
 from grouped_conv_jax.contraction import contract
 from grouped_conv_jax.explicit import sharding_of_result
-from grouped_conv_jax.forward import forward
-from grouped_conv_jax.padding import PaddingLike
+from grouped_conv_jax.operations.forward import forward
+from grouped_conv_jax.operations.padding import PaddingLike
 
 
 def grouped_conv(

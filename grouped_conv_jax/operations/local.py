@@ -13,11 +13,11 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from grouped_conv_jax import arguments
 from grouped_conv_jax.explicit import sharding_of_result, untyped
-from grouped_conv_jax.forward import Forward, forward
-from grouped_conv_jax.padding import PaddingLike
-from grouped_conv_jax.patches import extract, kernel_type
+from grouped_conv_jax.operations import arguments
+from grouped_conv_jax.operations.forward import Forward, forward
+from grouped_conv_jax.operations.padding import PaddingLike
+from grouped_conv_jax.operations.patches import extract, kernel_type
 from grouped_conv_jax.spec import ConvSpec
 
 
@@ -72,7 +72,7 @@ def grouped_conv_local(
       Two groups; 3 x 3 taps of two inputs each, at 8 x 8 positions.
 
       >>> import jax.numpy as jnp
-      >>> from grouped_conv_jax.local import grouped_conv_local
+      >>> from grouped_conv_jax.operations.local import grouped_conv_local
       >>> x, w = jnp.ones((5, 8, 8, 4)), jnp.ones((8, 8, 2 * 3 * 3, 6))
       >>> grouped_conv_local(x, w, (1, 1), "SAME", (3, 3), feature_group_count=2,
       ...                    dimension_numbers=("NHWC", "HWIO", "NHWC")).shape

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from grouped_conv_jax import arguments
-from grouped_conv_jax.padding import MODES
+from grouped_conv_jax.operations import arguments
+from grouped_conv_jax.operations.padding import MODES
 
 
 def listed(value: Any) -> Any:

@@ -13,13 +13,13 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from grouped_conv_jax import arguments
 from grouped_conv_jax.algorithms import check_name
-from grouped_conv_jax.conv import grouped_conv
 from grouped_conv_jax.explicit import sharding_of_result, untyped
-from grouped_conv_jax.forward import forward
-from grouped_conv_jax.padding import Geometry, Pad, PaddingLike, pads
-from grouped_conv_jax.per_part import dilations, listed, paddings
+from grouped_conv_jax.operations import arguments
+from grouped_conv_jax.operations.conv import grouped_conv
+from grouped_conv_jax.operations.forward import forward
+from grouped_conv_jax.operations.padding import Geometry, Pad, PaddingLike, pads
+from grouped_conv_jax.operations.per_part import dilations, listed, paddings
 from grouped_conv_jax.spec import ConvSpec
 
 
@@ -78,7 +78,7 @@ def grouped_conv_mixed(
       Eight features with 3 x 3 kernels and four with 5 x 5 kernels.
 
       >>> import jax.numpy as jnp
-      >>> from grouped_conv_jax.mixed import grouped_conv_mixed
+      >>> from grouped_conv_jax.operations.mixed import grouped_conv_mixed
       >>> x = jnp.ones((2, 9, 9, 12))
       >>> kernels = [jnp.ones((3, 3, 1, 8)), jnp.ones((5, 5, 1, 4))]
       >>> grouped_conv_mixed(x, kernels, (1, 1), "SAME", group_sizes=(8, 4),

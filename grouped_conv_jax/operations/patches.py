@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from grouped_conv_jax import arguments
 from grouped_conv_jax.explicit import sharding_of_result, untyped
-from grouped_conv_jax.forward import forward
-from grouped_conv_jax.padding import PaddingLike
+from grouped_conv_jax.operations import arguments
+from grouped_conv_jax.operations.forward import forward
+from grouped_conv_jax.operations.padding import PaddingLike
 from grouped_conv_jax.spec import ConvSpec
 
 
@@ -61,7 +61,7 @@ def grouped_conv_patches(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from grouped_conv_jax.patches import grouped_conv_patches
+      >>> from grouped_conv_jax.operations.patches import grouped_conv_patches
       >>> x = jnp.array([[[1, 2, 3], [4, 5, 6]]])  # Two features at three positions.
       >>> grouped_conv_patches(x, (2,), (1,), "VALID")[0, :, 0]  # At the first position.
       Array([1, 2, 4, 5], dtype=int32)

@@ -16,8 +16,8 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from grouped_conv_jax.arguments import integer
 from grouped_conv_jax.explicit import untyped
+from grouped_conv_jax.operations.arguments import integer
 
 PaddingLike = str | Sequence[Any]
 """A string for all spatial dimensions, or for each of them a pair (low, high), a string, or a mode
