@@ -1,5 +1,6 @@
 """What layers refuse, and when; and what their initial values are."""
 
+import inspect
 import math
 from typing import Any
 
@@ -211,26 +212,47 @@ def test_what_is_of_other_dimensions_than_the_kernel_is_shown_as_it_was_given():
         layer_of("GroupedConvTranspose", dict(output_padding=(1,))).nnx()
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (dict(groups=2), "groups is named feature_group_count here"),
-        (dict(stride=2), "stride is named strides here"),
-        (dict(dilation=2), "dilation is named kernel_dilation here"),
-        (dict(dilation_rate=2), "dilation_rate is named kernel_dilation here"),
-        (dict(bias=False), "bias is named use_bias here"),
-        (dict(padding_mode="circular"), "padding_mode is part of padding here: padding='CIRC"),
-        (dict(kernel_initializer="zeros"), "kernel_initializer is named kernel_init here"),
-    ],
-)
-def test_names_of_other_libraries(settings, message):
-    for name in ALL:
-        layer = layer_of(name, {})
+OTHERS = {
+    "groups": "feature_group_count",
+    "stride": "strides",
+    "dilation": "kernel_dilation",
+    "dilation_rate": "kernel_dilation",
+    "bias": "use_bias",
+    "kernel_initializer": "kernel_init",
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("name", ALL)
+def test_names_of_other_libraries(name, other):
+    layer = layer_of(name, {})
+    without = {k: v for k, v in layer.settings.items() if k != "feature_group_count"}
+    for make in (layer.nnx, layer.linen, Layer(name, without, layer.spatial).nnx):
+        kind = getattr(grouped_conv_jax, make.__name__)
+        parameters = inspect.signature(getattr(kind, name).__init__).parameters
+        # What a layer does not have is not promised by another name.
+        has = OTHERS[other] in parameters or "kwargs" in parameters
+        message = f"^{other} is named {OTHERS[other]} here" if has else "unexpected keyword"
         with pytest.raises(TypeError, match=message):
-            layer.nnx(**settings)
-        without = {k: v for k, v in layer.settings.items() if k != "feature_group_count"}
-        with pytest.raises(TypeError, match=message):
-            Layer(name, without, layer.spatial).nnx(**settings)
+            make(**{other: 1})
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_padding_mode_is_part_of_the_padding(name):
+    layer = layer_of(name, {})
+    for make in (layer.nnx, layer.linen):
+        with pytest.raises(TypeError, match="padding_mode is part of padding here: padding='CIRC"):
+            make(padding_mode="circular")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_names_of_other_libraries_in_linen(name):
+    layer = getattr(grouped_conv_jax.linen, name)
+    with pytest.raises(TypeError, match="in_channels is what the inputs have"):
+        layer(in_channels=8, kernel_size=(3, 3))
+    named = {"DepthwiseConv": "unexpected keyword argument 'out_channels'"}
+    with pytest.raises(TypeError, match=named.get(name, "out_channels is named features here")):
+        layer(out_channels=8, kernel_size=(3, 3))
 
 
 def test_missing_groups():
@@ -238,6 +260,8 @@ def test_missing_groups():
         layer = Layer(name, dict(kernel_size=(3, 2)), (4, 5))
         with pytest.raises(TypeError, match="feature_group_count is required; 1 for a plain conv"):
             layer.nnx()
+        with pytest.raises(TypeError, match="feature_group_count is required; 1 for a plain conv"):
+            layer.linen()
 
 
 def test_a_local_layer_knows_the_size_of_its_inputs():

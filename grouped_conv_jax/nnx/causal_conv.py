@@ -8,8 +8,8 @@ from flax import nnx
 
 from grouped_conv_jax.layers import causal
 from grouped_conv_jax.layers.convolution import check_takes_no
+from grouped_conv_jax.layers.names import with_names_of_nnx
 from grouped_conv_jax.nnx.grouped_conv import GroupedConv
-from grouped_conv_jax.nnx.names import with_names_of_flax
 from grouped_conv_jax.nnx.parameters import call
 
 
@@ -52,7 +52,7 @@ class CausalConv(GroupedConv):
       van den Oord et al., "WaveNet: A Generative Model for Raw Audio", 2016.
     """
 
-    @with_names_of_flax
+    @with_names_of_nnx
     def __init__(
         self,
         in_features: int,

@@ -6,8 +6,8 @@ from typing import Any
 from flax import nnx
 
 from grouped_conv_jax.layers.convolution import check_takes_no, multiplied, sizes
+from grouped_conv_jax.layers.names import with_names_of_nnx
 from grouped_conv_jax.nnx.grouped_conv import GroupedConv
-from grouped_conv_jax.nnx.names import with_names_of_flax
 
 
 class DepthwiseConv(GroupedConv):
@@ -45,7 +45,7 @@ class DepthwiseConv(GroupedConv):
       Applications", 2017.
     """
 
-    @with_names_of_flax
+    @with_names_of_nnx
     def __init__(
         self,
         in_features: int,

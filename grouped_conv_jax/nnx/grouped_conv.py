@@ -13,8 +13,8 @@ from grouped_conv_jax.layers.convolution import (
     check_no_other_convolution,
     sizes,
 )
+from grouped_conv_jax.layers.names import with_names_of_nnx
 from grouped_conv_jax.layers.window import LayerPadding, window
-from grouped_conv_jax.nnx.names import with_names_of_flax
 from grouped_conv_jax.nnx.parameters import check_inputs
 
 
@@ -57,7 +57,7 @@ class GroupedConv(nnx.Conv):
       (1, 5, 5, 12)
     """
 
-    @with_names_of_flax
+    @with_names_of_nnx
     def __init__(
         self,
         in_features: int,

@@ -12,8 +12,8 @@ from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 from grouped_conv_jax.layers.calling import check_mask
 from grouped_conv_jax.layers.convolution import sizes
 from grouped_conv_jax.layers.local import local, local_of
+from grouped_conv_jax.layers.names import with_names_of_nnx
 from grouped_conv_jax.layers.window import LayerPadding, for_each
-from grouped_conv_jax.nnx.names import with_names_of_flax
 from grouped_conv_jax.nnx.parameters import call
 
 
@@ -67,7 +67,7 @@ class GroupedConvLocal(nnx.Module):
       (1, 5, 5, 12)
     """
 
-    @with_names_of_flax
+    @with_names_of_nnx
     def __init__(
         self,
         in_features: int,

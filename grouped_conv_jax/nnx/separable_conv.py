@@ -9,10 +9,10 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype as flax_promote_dtype
 from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 
+from grouped_conv_jax.layers.names import with_names_of_nnx
 from grouped_conv_jax.layers.window import LayerPadding
 from grouped_conv_jax.nnx.depthwise_conv import DepthwiseConv
 from grouped_conv_jax.nnx.grouped_conv import GroupedConv
-from grouped_conv_jax.nnx.names import with_names_of_flax
 
 
 class SeparableConv(nnx.Module):
@@ -66,7 +66,7 @@ class SeparableConv(nnx.Module):
       Chollet, "Xception: Deep Learning with Depthwise Separable Convolutions", 2017.
     """
 
-    @with_names_of_flax
+    @with_names_of_nnx
     def __init__(
         self,
         in_features: int,
