@@ -22,7 +22,7 @@ from benchmarks import machine, pytorch, tables
 from benchmarks.picture import SUFFIXES, save_picture
 from benchmarks.results import WRONG, Run
 from benchmarks.rows import Settings, measured
-from benchmarks.workloads import MODES, QUICK, WORKLOADS, Mode, Workload
+from benchmarks.workloads import MODES, NAMED, QUICK, TRANSPOSED, WORKLOADS, Mode, Workload
 from grouped_conv_jax import implementations
 from grouped_conv_jax.algorithms import check_name
 
@@ -46,7 +46,10 @@ class Options:
     # In the help every line of a text stands by itself, so each is a sentence.
 
     workloads: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
-    """Which convolutions to time, by name; all of them by default."""
+    """Which convolutions to time, by name; by default all but the transposed ones."""
+
+    transposed: bool = False
+    """The transposed ones, unless others are named."""
 
     shape: Annotated[Eight | None, tyro.conf.arg(metavar="N H W CIN COUT K STRIDE G")] = None
     """One convolution of your own, padded by half of the kernel."""
@@ -97,11 +100,12 @@ class Options:
           ValueError: there is no such convolution.
         """
         for name in self.workloads:
-            if name not in WORKLOADS:
-                raise ValueError(f"unknown workload {name!r}; known: {', '.join(WORKLOADS)}")
+            if name not in NAMED:
+                raise ValueError(f"unknown workload {name!r}; known: {', '.join(NAMED)}")
         own = [Workload.of("shape", self.shape)] if self.shape else []
-        names = self.workloads or (() if own else QUICK if self.quick else WORKLOADS)
-        named = [WORKLOADS[name] for name in dict.fromkeys(names)]
+        all_ = TRANSPOSED if self.transposed else QUICK if self.quick else WORKLOADS
+        names = self.workloads or (() if own else all_)
+        named = [NAMED[name] for name in dict.fromkeys(names)]
         return [w if self.batch is None else w.with_batch(self.batch) for w in named] + own
 
     def settings(self) -> Settings:
@@ -152,7 +156,8 @@ class Options:
     @property
     def result_file(self) -> Path:
         """To read or to write."""
-        default = Path("benchmarks") / f"{jax.default_backend()}-{self.dtype}.json"
+        which = "-transposed" if self.transposed else ""
+        default = Path("benchmarks") / f"{jax.default_backend()}{which}-{self.dtype}.json"
         return self.from_ or self.output or default
 
     @property

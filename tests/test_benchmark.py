@@ -16,8 +16,8 @@ from benchmarks.machine import Roofline
 from benchmarks.picture import draw_picture, save_picture
 from benchmarks.results import Ratios, Row, Run, Timing
 from benchmarks.rows import TOLERANCES, Settings, compared, measured, prepared
-from benchmarks.workloads import MADE, MODES, USED, WORKLOADS, Workload
-from grouped_conv_jax import count_multiply_adds, grouped_conv
+from benchmarks.workloads import MADE, MODES, NAMED, TRANSPOSED, USED, WORKLOADS, Workload
+from grouped_conv_jax import count_multiply_adds
 
 NUMBERS = (2, 9, 8, 8, 12, 3, 2, 4)
 TINY = Workload.of("tiny", NUMBERS)
@@ -83,9 +83,9 @@ class TestInterleaved:
         assert measure.interleaved(calls, turns=3, calls=4, budget=0) == {"a": [1.0]}
 
 
-@pytest.mark.parametrize("name", WORKLOADS)
+@pytest.mark.parametrize("name", NAMED)
 def test_workloads_are_what_the_library_makes_of_them(name):
-    workload = WORKLOADS[name]
+    workload = NAMED[name]
     for mode in MODES:
         function = contenders.function(contenders.ours(None), workload, mode)
         operands = [jax.ShapeDtypeStruct(workload.shape(role), "float32") for role in USED[mode]]
@@ -114,6 +114,15 @@ def test_all_contenders_compute_the_same(mode, dtype):
     assert max(errors.values()) <= TOLERANCES[dtype], errors
 
 
+def test_all_contenders_compute_the_same_transposed():
+    workload = Workload.of("tiny", (2, 5, 4, 6, 12, 4, 2, 3), transposed=True)
+    assert workload.out == (2, 10, 8, 12)
+    found, _ = prepared(workload, "training", ONCE)
+    assert {"ours", "lax", *TORCH} == {*found}
+    assert max(compared(found).values()) <= TOLERANCES["float32"]
+    assert found["ours"].implementations.keys() == {"fprop", "dgrad", "wgrad"}
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_what_is_known_of_a_program(mode):
     found, _ = prepared(TINY, mode, ONCE)
@@ -128,7 +137,7 @@ def test_what_is_known_of_a_program(mode):
 
 def test_what_is_wrong_is_not_timed(monkeypatch):
     def twice(implementation):
-        return lambda *args, **kwargs: grouped_conv(*args, **kwargs) * 2.0
+        return lambda *args: contenders.by_lax(*args) * 2.0
 
     monkeypatch.setattr(rows, "ours", twice)
     row = measured(TINY, "fprop", ONCE, ROOFLINE)
@@ -155,10 +164,10 @@ def test_what_is_not_a_number_is_wrong(wrong):
 
 def test_what_is_not_implemented_is_left_out(monkeypatch):
     def ours(name):
-        def conv(*args, **kwargs):
+        def conv(*args):
             if name == "vmap":
                 raise NotImplementedError("it has no fprop")
-            return grouped_conv(*args, **kwargs)
+            return contenders.by_lax(*args)
 
         return conv
 
@@ -303,6 +312,10 @@ def test_wrong_options(arguments, message, capsys):
 def test_what_is_chosen():
     assert [w.name for w in benchmark.Options().chosen()] == list(WORKLOADS)
     assert len(benchmark.Options(quick=True).chosen()) == 3
+    transposed = benchmark.Options(transposed=True)
+    assert [w.name for w in transposed.chosen()] == list(TRANSPOSED)
+    assert transposed.result_file == Path("benchmarks/cpu-transposed-float32.json")
+    assert transposed.command == "python examples/benchmark.py --transposed"
     assert benchmark.Options(shape=NUMBERS).chosen() == [Workload.of("shape", NUMBERS)]
     assert len(benchmark.Options(shape=NUMBERS, workloads=("mobilenet_dw",)).chosen()) == 2
     everything = benchmark.Options(implementations=("all",)).settings()

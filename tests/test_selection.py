@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jaxprs import convolutions
 
-from benchmarks.contenders import function
+from benchmarks.contenders import by_lax, function, ours
 from benchmarks.workloads import MADE, MODES, USED, WORKLOADS, Mode, Workload
 from grouped_conv_jax import grouped_conv, implementations, native, selection
 from grouped_conv_jax.algorithms import unsupported
@@ -26,10 +26,7 @@ def arrays(workload: Workload, mode: Mode, dtype="float32") -> list[jax.ShapeDty
 
 
 def lowered(workload: Workload, mode: Mode, implementation=None, dtype="float32"):
-    def conv(lhs, rhs, **arguments):
-        return grouped_conv(lhs, rhs, **arguments, implementation=implementation)
-
-    compute = jax.jit(function(conv, workload, mode))
+    compute = jax.jit(function(ours(implementation), workload, mode))
     return compute.lower(*arrays(workload, mode, dtype))
 
 
@@ -122,7 +119,7 @@ def test_the_gradient_on_a_gpu_is_laxs_own_program():
     """To the letter, so that XLA finds in it what it knows of cuDNN."""
     workload = WORKLOADS["resnext_s3"]
     programs = []
-    for conv in (grouped_conv, jax.lax.conv_general_dilated):
+    for conv in (ours(None), by_lax):
         traced = jax.jit(function(conv, workload, "wgrad")).trace(*arrays(workload, "wgrad"))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
         programs.append(re.findall(r"stablehlo\.convolution.*", text))
@@ -227,15 +224,13 @@ def test_the_choice_is_right_in_other_dtypes_too(name, dtype):
         for mode in MODES:
             results = [
                 jax.jit(function(conv, workload, mode))(*(given[role] for role in USED[mode]))
-                for conv in (grouped_conv, jax.lax.conv_general_dilated)
+                for conv in (ours(None), by_lax)
             ]
-            for role, ours, theirs in zip(MADE[mode], *results, strict=True):
-                assert ours.dtype == theirs.dtype == dtype, role
+            for role, our, their in zip(MADE[mode], *results, strict=True):
+                assert our.dtype == their.dtype == dtype, role
                 tolerance = {"float64": 1e-12, "float32": 1e-4, "bfloat16": 0.06}[dtype]
-                ours, theirs = (np.asarray(a).astype(np.float64) for a in (ours, theirs))
-                np.testing.assert_allclose(
-                    ours, theirs, tolerance, tolerance * np.abs(theirs).max()
-                )
+                our, their = (np.asarray(a).astype(np.float64) for a in (our, their))
+                np.testing.assert_allclose(our, their, tolerance, tolerance * np.abs(their).max())
 
 
 def test_the_expected_times_order_the_choice():
@@ -254,11 +249,7 @@ def test_a_batch_of_one_example_has_rows_to_add_up():
     for batch in (1, 3, 9, 17):
         workload = dataclasses.replace(SMALL["depthwise"], lhs=(batch, 9, 8, 6))
         given = [jnp.asarray(workload.random()[role], jnp.float32) for role in USED["wgrad"]]
-        ours, theirs = (
-            jax.jit(function(conv, workload, "wgrad"))(*given)[0]
-            for conv in (
-                lambda x, w, **a: grouped_conv(x, w, **a, implementation="taps"),
-                jax.lax.conv_general_dilated,
-            )
+        our, their = (
+            jax.jit(function(conv, workload, "wgrad"))(*given)[0] for conv in (ours("taps"), by_lax)
         )
-        np.testing.assert_allclose(ours, theirs, 1e-4, 1e-4)
+        np.testing.assert_allclose(our, their, 1e-4, 1e-4)

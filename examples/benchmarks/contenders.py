@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from benchmarks.workloads import MADE, USED, Mode, Workload
-from grouped_conv_jax import grouped_conv
+from grouped_conv_jax import grouped_conv, grouped_conv_transpose
 from grouped_conv_jax.spec import Role
 
 SCOPE = re.compile(r"grouped_conv\.(fprop|dgrad|wgrad)\.(\w+)")
@@ -54,13 +54,17 @@ def some_examples(made: Role, x: Any) -> Any:
     return x[np.linspace(0, len(x) - 1, 8).astype(int)]
 
 
+Conv = Callable[[jax.Array, jax.Array, Workload], jax.Array]
+"""The convolution of a workload, of an input and a kernel."""
+
+
 def by_jax(
-    conv: Callable[..., jax.Array],
+    conv: Conv,
     workload: Workload,
     mode: Mode,
     operands: Mapping[Role, jax.Array],
 ) -> Contender:
-    """A contender that calls `conv`, which has the arguments of `lax.conv_general_dilated`.
+    """A contender that calls `conv`.
 
     Raises:
       NotImplementedError: it does not do this.
@@ -83,23 +87,30 @@ def by_jax(
     )
 
 
-def ours(implementation: str | None) -> Callable[..., jax.Array]:
+def ours(implementation: str | None) -> Conv:
     """The library's convolution, by one of its implementations or the one that it chooses."""
-    return lambda lhs, rhs, **arguments: grouped_conv(
-        lhs, rhs, **arguments, implementation=implementation
-    )
+
+    def conv(lhs: jax.Array, rhs: jax.Array, workload: Workload) -> jax.Array:
+        arguments = workload.arguments
+        if not workload.transposed:
+            return grouped_conv(lhs, rhs, **arguments, implementation=implementation)
+        del arguments["window_strides"]
+        strides = arguments.pop("lhs_dilation")
+        return grouped_conv_transpose(lhs, rhs, strides, **arguments, implementation=implementation)
+
+    return conv
 
 
-LAX: Callable[..., jax.Array] = lax.conv_general_dilated
+def by_lax(lhs: jax.Array, rhs: jax.Array, workload: Workload) -> jax.Array:
+    """`lax.conv_transpose` takes no groups; what it is made of does."""
+    return lax.conv_general_dilated(lhs, rhs, **workload.arguments)
 
 
-def function(
-    conv: Callable[..., jax.Array], workload: Workload, mode: Mode
-) -> Callable[..., tuple[jax.Array, ...]]:
+def function(conv: Conv, workload: Workload, mode: Mode) -> Callable[..., tuple[jax.Array, ...]]:
     """From the arrays that the mode uses to those that it makes, and nothing else computed."""
 
     def convolve(lhs, rhs):
-        return conv(lhs, rhs, **workload.arguments)
+        return conv(lhs, rhs, workload)
 
     def like(role: Role, array: jax.Array) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(workload.shape(role), array.dtype)

@@ -143,7 +143,8 @@ def _geometry(workload: Workload) -> str:
     """Such as 8x56x56, 256 to 256, 3x3 by 2, 32 groups."""
     batch, height, width, inputs = workload.lhs
     *taps, _, outputs = workload.rhs
-    step = f" by {workload.window_strides[0]}" if max(workload.window_strides) > 1 else ""
+    word = "up by" if workload.transposed else "by"
+    step = f" {word} {workload.window_strides[0]}" if max(workload.window_strides) > 1 else ""
     return (
         f"{batch}x{height}x{width}, {inputs} to {outputs}, {taps[0]}x{taps[1]}{step}, "
         f"{workload.feature_group_count} groups"

@@ -50,7 +50,7 @@ def by_torch(
     operands: Mapping[Role, np.ndarray],
     dtype: str,
 ) -> Contender:
-    """`torch.nn.functional.conv2d`, and the backward function that autograd would call.
+    """`torch.nn.functional.conv2d` or `conv_transpose2d`, and what autograd would call backward.
 
     Raises:
       NotImplementedError: it does not do this.
@@ -58,7 +58,7 @@ def by_torch(
     torch = _torch()
     format_ = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
     lhs, rhs, out = (
-        _tensor(operands[role].transpose(_TO_NCHW[role]), dtype).contiguous(
+        _tensor(_to_torch(operands[role], role, workload), dtype).contiguous(
             memory_format=format_[memory_format]
         )
         for role in ("lhs", "rhs", "out")
@@ -67,12 +67,15 @@ def by_torch(
     strides, groups = list(workload.window_strides), workload.feature_group_count
 
     def forward() -> Any:
+        if workload.transposed:
+            return torch.nn.functional.conv_transpose2d(lhs, rhs, None, strides, padding, 0, groups)
         return torch.nn.functional.conv2d(lhs, rhs, None, strides, padding, 1, groups)
 
     def backward(*roles: Role) -> list[Any]:
         wanted = ["lhs" in roles, "rhs" in roles, False]
         gradients = torch.ops.aten.convolution_backward(
-            out, lhs, rhs, None, strides, padding, [1, 1], False, [0, 0], groups, wanted
+            *(out, lhs, rhs, None, strides, padding, [1, 1]),
+            *(workload.transposed, [0, 0], groups, wanted),
         )
         return [gradient for gradient in gradients if gradient is not None]
 
@@ -95,18 +98,32 @@ def by_torch(
     return Contender(
         start=call,
         results=lambda tensors: [
-            some_examples(role, tensor).double().cpu().numpy().transpose(np.argsort(_TO_NCHW[role]))
+            _from_torch(some_examples(role, tensor).double().cpu().numpy(), role, workload)
             for role, tensor in zip(MADE[mode], tensors, strict=True)
         ],
         wait=_done,
     )
 
 
-_TO_NCHW: dict[Role, tuple[int, ...]] = {
-    "lhs": (0, 3, 1, 2),
-    "rhs": (3, 2, 0, 1),
-    "out": (0, 3, 1, 2),
-}
+def _to_torch(array: np.ndarray, role: Role, workload: Workload) -> np.ndarray:
+    """From NHWC and HWIO; a transposed kernel is turned round, its inputs outermost."""
+    if role != "rhs":
+        return array.transpose(0, 3, 1, 2)
+    if not workload.transposed:
+        return array.transpose(3, 2, 0, 1)
+    high, wide, inputs, _ = array.shape
+    groups = array[::-1, ::-1].reshape(high, wide, inputs, workload.feature_group_count, -1)
+    return groups.transpose(3, 2, 4, 0, 1).reshape(-1, groups.shape[-1], high, wide)
+
+
+def _from_torch(array: np.ndarray, role: Role, workload: Workload) -> np.ndarray:
+    if role != "rhs":
+        return array.transpose(0, 2, 3, 1)
+    if not workload.transposed:
+        return array.transpose(2, 3, 1, 0)
+    outputs, high, wide = array.shape[1:]
+    groups = array.reshape(workload.feature_group_count, -1, outputs, high, wide)
+    return groups.transpose(3, 4, 1, 0, 2).reshape(high, wide, groups.shape[1], -1)[::-1, ::-1]
 
 
 def _torch() -> Any:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import pytorch
-from benchmarks.contenders import LAX, Contender, by_jax, ours
+from benchmarks.contenders import Contender, Conv, by_jax, by_lax, ours
 from benchmarks.machine import Roofline
 from benchmarks.measure import interleaved
 from benchmarks.results import WRONG, Row, Timing
@@ -85,13 +85,13 @@ def prepared(
         role: jnp.asarray(operands[role], settings.dtype) for role in USED[mode]
     }
 
-    def jax_contender(conv: Callable) -> Callable[[], Contender]:
+    def jax_contender(conv: Conv) -> Callable[[], Contender]:
         return lambda: by_jax(conv, workload, mode, arrays)
 
     def torch_contender(memory_format: str) -> Callable[[], Contender]:
         return lambda: pytorch.by_torch(memory_format, workload, mode, operands, settings.dtype)
 
-    makers = {"ours": jax_contender(ours(None)), "lax": jax_contender(LAX)}
+    makers = {"ours": jax_contender(ours(None)), "lax": jax_contender(by_lax)}
     makers |= {f"ours:{name}": jax_contender(ours(name)) for name in settings.implementations}
     left_out: dict[str, str] = {}
     if reason := pytorch.missing():

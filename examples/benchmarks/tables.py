@@ -36,6 +36,8 @@ def markdown(run: Run) -> str:
             **peaks(run),
         )
     ]
+    if any(row.workload.transposed for row in run.rows):
+        parts.append(TRANSPOSED)
     if len(run.rows) < (rows := run.settings.get("rows", 0)):
         parts.append(f"**The run was stopped after {len(run.rows)} of {rows} rows.**")
     for mode in run.modes:
@@ -170,3 +172,9 @@ large copy ({gigabytes} GB/s), whichever takes longer (measured at one moment of
 be shared, and of arrays larger than its caches: more than 100% is possible); `implementation` is
 what the library has chosen by itself (for training: of fprop / dgrad / wgrad)."""
 """Of Markdown, before the tables."""
+
+TRANSPOSED = """\
+The workloads named `up` are transposed convolutions: `fprop` is `grouped_conv_transpose`, computed
+as the input's gradient of a convolution, and its gradients are the other two contractions of that.
+`lax` is `lax.conv_general_dilated` with `lhs_dilation`, since `lax.conv_transpose` takes no groups;
+`torch` is `conv_transpose2d`."""

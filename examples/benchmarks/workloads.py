@@ -35,7 +35,10 @@ MADE: dict[Mode, tuple[Role, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """One two-dimensional convolution: shapes in NHWC and HWIO, and arguments as in lax."""
+    """One two-dimensional convolution: shapes in NHWC and HWIO, and arguments as in lax.
+
+    A transposed one has the strides and the padding of the convolution that it transposes.
+    """
 
     name: str
     lhs: tuple[int, ...]
@@ -43,10 +46,13 @@ class Workload:
     window_strides: tuple[int, ...]
     padding: tuple[tuple[int, int], ...]
     feature_group_count: int
+    transposed: bool = False
 
     @classmethod
-    def of(cls, name: str, numbers: Sequence[int]) -> "Workload":
+    def of(cls, name: str, numbers: Sequence[int], transposed: bool = False) -> "Workload":
         """From N H W Cin Cout k stride G; padded by half of the kernel, rounded down.
+
+        A transposed one is padded by half of (k - stride): the output is `stride` times as large.
 
         Raises:
           ValueError: there is no such convolution.
@@ -56,29 +62,42 @@ class Workload:
             raise ValueError(f"a shape is eight numbers of at least 1, got {tuple(numbers)}")
         check_divides("feature_group_count", groups, "the input features", inputs)
         check_divides("feature_group_count", groups, "the output features", outputs)
+        padding = (taps - stride) // 2 if transposed else taps // 2
         return cls(
             name=name,
             lhs=(batch, height, width, inputs),
             rhs=(taps, taps, inputs // groups, outputs),
             window_strides=(stride, stride),
-            padding=((taps // 2, taps // 2),) * 2,
+            padding=((padding, padding),) * 2,
             feature_group_count=groups,
+            transposed=transposed,
         )
 
     @property
     def arguments(self) -> dict[str, Any]:
         """Of `lax.conv_general_dilated`, beside the arrays."""
-        return {
-            "window_strides": self.window_strides,
-            "padding": self.padding,
+        common = {
             "dimension_numbers": ("NHWC", "HWIO", "NHWC"),
             "feature_group_count": self.feature_group_count,
+        }
+        if not self.transposed:
+            return {"window_strides": self.window_strides, "padding": self.padding, **common}
+        return {
+            "window_strides": (1, 1),
+            "padding": tuple(
+                (taps - 1 - low, taps - 1 - high)
+                for taps, (low, high) in zip(self.rhs[:2], self.padding, strict=True)
+            ),
+            "lhs_dilation": self.window_strides,
+            **common,
         }
 
     @property
     def out(self) -> tuple[int, ...]:
         spatial = (
-            (size + low + high - taps) // stride + 1
+            (size - 1) * stride + taps - low - high
+            if self.transposed
+            else (size + low + high - taps) // stride + 1
             for size, taps, stride, (low, high) in zip(
                 self.lhs[1:3], self.rhs[:2], self.window_strides, self.padding, strict=True
             )
@@ -99,7 +118,11 @@ class Workload:
 
     def flops(self, mode: Mode) -> int:
         """Two for each multiply-add, padding counted as if it were data."""
-        return 2 * len(MADE[mode]) * math.prod(self.out) * math.prod(self.rhs[:3])
+        taps, inputs, outputs = math.prod(self.rhs[:2]), self.rhs[2], self.rhs[3]
+        # Each output sees the inputs of its group; transposed, each input the outputs.
+        seen = outputs // self.feature_group_count if self.transposed else inputs
+        positions = self.lhs if self.transposed else self.out
+        return 2 * len(MADE[mode]) * math.prod(positions) * taps * seen
 
     def elements(self, mode: Mode) -> int:
         """Of what a mode computes from and of what it computes."""
@@ -124,6 +147,20 @@ WORKLOADS: dict[str, Workload] = {
         ("convnext_dw7", 8, 28, 28, 192, 192, 7, 1, 192),
     )
 }
+
+TRANSPOSED: dict[str, Workload] = {
+    name: Workload.of(name, numbers, transposed=True)
+    for name, *numbers in (
+        ("up_dense", 16, 14, 14, 128, 64, 4, 2, 1),
+        ("up_4_groups", 16, 14, 14, 256, 128, 4, 2, 4),
+        ("up_32_groups", 8, 28, 28, 128, 128, 4, 2, 32),
+        ("up_depthwise", 8, 28, 28, 256, 256, 4, 2, 256),
+        ("up_depthwise_k2", 8, 28, 28, 128, 128, 2, 2, 128),
+    )
+}
+"""Upsampling by two, as decoders and generators do it."""
+
+NAMED = WORKLOADS | TRANSPOSED
 
 QUICK = ("alexnet_conv4", "regnetx_w24", "mobilenet_dw")
 """Those of a quick run: a few groups, more, and a group for each feature."""
