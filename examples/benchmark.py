@@ -2,6 +2,7 @@
 
 python examples/benchmark.py
 python examples/benchmark.py --quick
+python examples/benchmark.py --transposed
 python examples/benchmark.py --shape 8 56 56 128 128 3 1 32 --implementations all
 python examples/benchmark.py --from benchmarks/cpu-float32.json --picture benchmark.svg
 python examples/benchmark.py --help
