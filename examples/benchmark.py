@@ -40,8 +40,8 @@ Eight = tuple[int, int, int, int, int, int, int, int]
 class Options:
     """Times grouped convolutions by this library, by lax and, where it is installed, by PyTorch.
 
-    Without arguments: all workloads and modes in float32, which takes some minutes on two cores,
-    mostly lax's kernel gradients.
+    Without arguments: all workloads but the transposed ones and all modes, in float32, which takes
+    some minutes on two cores, mostly lax's kernel gradients.
     """
 
     # In the help every line of a text stands by itself, so each is a sentence.
@@ -50,7 +50,7 @@ class Options:
     """Which convolutions to time, by name; by default all but the transposed ones."""
 
     transposed: bool = False
-    """The transposed ones, unless others are named."""
+    """The transposed ones, or that --shape is one: upsampling, padded by half of K - STRIDE."""
 
     shape: Annotated[Eight | None, tyro.conf.arg(metavar="N H W CIN COUT K STRIDE G")] = None
     """One convolution of your own, padded by half of the kernel."""
@@ -80,10 +80,10 @@ class Options:
     """Calls that are started before they are waited for; 1 on a CPU, 20 elsewhere."""
 
     quick: bool = False
-    """A glance: three workloads, unless others are named, and fewer calls."""
+    """A glance: three workloads, unless others are asked for, and fewer calls."""
 
     output: Path | None = None
-    """The result file, JSON; by default benchmarks/PLATFORM-DTYPE.json."""
+    """The result file, JSON; by default benchmarks/PLATFORM[-transposed]-DTYPE.json."""
 
     picture: Path | None = None
     """Draw the result to this file, .svg or .png."""
@@ -103,8 +103,10 @@ class Options:
         for name in self.workloads:
             if name not in NAMED:
                 raise ValueError(f"unknown workload {name!r}; known: {', '.join(NAMED)}")
-        own = [Workload.of("shape", self.shape)] if self.shape else []
+        own = [Workload.of("shape", self.shape, self.transposed)] if self.shape else []
         all_ = TRANSPOSED if self.transposed else QUICK if self.quick else WORKLOADS
+        if self.transposed and self.workloads:
+            raise ValueError("--transposed is of --shape, or of all; the names say it themselves")
         names = self.workloads or (() if own else all_)
         named = [NAMED[name] for name in dict.fromkeys(names)]
         return [w if self.batch is None else w.with_batch(self.batch) for w in named] + own
@@ -157,7 +159,7 @@ class Options:
     @property
     def result_file(self) -> Path:
         """To read or to write."""
-        which = "-transposed" if self.transposed else ""
+        which = "-transposed" if any(w.transposed for w in self.chosen()) else ""
         default = Path("benchmarks") / f"{jax.default_backend()}{which}-{self.dtype}.json"
         return self.from_ or self.output or default
 

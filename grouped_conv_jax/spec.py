@@ -1,8 +1,9 @@
 """What is static about one convolution: `ConvSpec`, and the shapes, sizes and costs that follow.
 
 The spec describes the *forward* convolution; the two gradient contractions are described by the
-same spec (see `contraction`). It is built and validated once, by `arguments`, and trusted after.
-This module knows nothing of differentiation, devices or algorithms.
+same spec (see `contraction`). It is built and validated once, by `operations.arguments` and
+`operations.forward`, and trusted after. This module knows nothing of differentiation, devices or
+algorithms.
 
 Letters: N batch, G groups, C input features per group, O output features per group, K taps.
 """

@@ -7,7 +7,8 @@ import os
 
 import jax
 
-USERS_FLAGS = os.environ.get("XLA_FLAGS")
+USERS = "XLA_FLAGS_OF_THE_USER"
+"""In the environment, so that the processes of pytest-xdist know them, too."""
 
 QUICK_FLAGS = (
     # XLA:CPU's emitters before today's, which take twice the time; versions that have no others
@@ -19,13 +20,16 @@ QUICK_FLAGS = (
 
 def compile_quickly() -> None:
     """In this process, and in those that it starts."""
-    os.environ["XLA_FLAGS"] = " ".join((*QUICK_FLAGS, USERS_FLAGS or ""))
+    users = os.environ.setdefault(USERS, os.environ.get("XLA_FLAGS", ""))
+    os.environ["XLA_FLAGS"] = " ".join((*QUICK_FLAGS, users))
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     jax.config.update("jax_disable_most_optimizations", True)
 
 
 def optimized() -> dict[str, str]:
     """The environment of a process that compiles as users do."""
-    ours = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")
+    ours = ("JAX_DISABLE_MOST_OPTIMIZATIONS", USERS)
     environment = {name: value for name, value in os.environ.items() if name not in ours}
-    return environment | ({} if USERS_FLAGS is None else {"XLA_FLAGS": USERS_FLAGS})
+    if USERS in os.environ:
+        environment["XLA_FLAGS"] = os.environ[USERS]
+    return environment

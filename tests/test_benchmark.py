@@ -21,6 +21,7 @@ from grouped_conv_jax import count_multiply_adds
 
 NUMBERS = (2, 9, 8, 8, 12, 3, 2, 4)
 TINY = Workload.of("tiny", NUMBERS)
+UP = Workload.of("tiny_up", (2, 5, 4, 6, 12, 4, 2, 3), transposed=True)
 ONCE = Settings(dtype="float32", turns=1, calls=1, budget=0.0)
 ROOFLINE = Roofline(1e9, 1e9)
 
@@ -115,10 +116,12 @@ def test_all_contenders_compute_the_same(mode, dtype):
 
 
 def test_all_contenders_compute_the_same_transposed():
-    workload = Workload.of("tiny", (2, 5, 4, 6, 12, 4, 2, 3), transposed=True)
-    assert workload.out == (2, 10, 8, 12)
-    found, _ = prepared(workload, "training", ONCE)
-    assert {"ours", "lax", *TORCH} == {*found}
+    assert UP.out == (2, 10, 8, 12)
+    names = grouped_conv_jax.implementations()
+    settings = dataclasses.replace(ONCE, implementations=names)
+    found, left_out = prepared(UP, "training", settings)
+    assert {*found, *left_out} - {"torch"} == {"ours", "lax", *(f"ours:{n}" for n in names), *TORCH}
+    assert {"ours", "lax", "ours:xla", *TORCH} <= {*found}
     assert max(compared(found).values()) <= TOLERANCES["float32"]
     assert found["ours"].implementations.keys() == {"fprop", "dgrad", "wgrad"}
 
@@ -285,9 +288,22 @@ def test_the_picture_has_all_bars(tmp_path):
     assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
+def test_transposed_ones_are_told_apart(tmp_path):
+    at = {"platform": "cpu", "cpu": "a CPU", "cores": 2, "jax": "1", "torch": None, "date": "2000"}
+    found = dataclasses.replace(row("a", 1, 8, 0.5), workload=UP)
+    run = Run(at, {"dtype": "float32", "implementations": (), "command": ""}, ROOFLINE, [found])
+    run.save(tmp_path / "up.json")
+    assert Run.load(tmp_path / "up.json").rows[0].workload == UP
+    assert "`grouped_conv_transpose`" in tables.markdown(run)
+    (axes,) = draw_picture(run).axes
+    assert any("6 to 12, 4x4 up by 2, 3 groups" in text.get_text() for text in axes.texts)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ("--transposed --workloads up_dense", "--transposed is of --shape, or of all"),
+        ("--transposed --shape 1 8 8 8 8 3 2 1", "larger than its stride by an even number, got 3"),
         ("--workloads alexnet", "unknown workload 'alexnet'; known: alexnet_conv2, "),
         ("--implementations fast", "unknown implementation 'fast'; known: xla, "),
         ("--shape 1 8 8 48 64 3 1 32", "feature_group_count=32 does not divide the input"),
@@ -316,6 +332,10 @@ def test_what_is_chosen():
     assert [w.name for w in transposed.chosen()] == list(TRANSPOSED)
     assert transposed.result_file == Path("benchmarks/cpu-transposed-float32.json")
     assert transposed.command == "python examples/benchmark.py --transposed"
+    one = benchmark.Options(shape=(2, 5, 4, 6, 12, 4, 2, 3), transposed=True)
+    assert one.chosen() == [dataclasses.replace(UP, name="shape")]
+    named = benchmark.Options(workloads=("up_dense",))
+    assert named.result_file == Path("benchmarks/cpu-transposed-float32.json")
     assert benchmark.Options(shape=NUMBERS).chosen() == [Workload.of("shape", NUMBERS)]
     assert len(benchmark.Options(shape=NUMBERS, workloads=("mobilenet_dw",)).chosen()) == 2
     everything = benchmark.Options(implementations=("all",)).settings()

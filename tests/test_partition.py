@@ -187,13 +187,18 @@ def test_batch_and_groups_are_local_on_any_mesh(split):
     assert_local(SOME[1], split, None)
 
 
+# Each case on four of the ten meshes, each mesh with four of ten cases.
+PAIRS = [
+    (case, list(SPLITS)[(number + 3 * turn) % len(SPLITS)])
+    for number, case in enumerate(DIVIDED)
+    for turn in range(4)
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("turn", range(4))
-@each_case(DIVIDED)
-def test_every_case_is_local(case, turn):
-    # Each case on four of the meshes, each mesh with every other or third case.
-    splits = list(SPLITS)
-    assert_local(case, splits[(DIVIDED.index(case) + 3 * turn) % len(splits)], None)
+@pytest.mark.parametrize(("case", "split"), PAIRS, ids=[f"{c.name}-{split}" for c, split in PAIRS])
+def test_every_case_is_local(case, split):
+    assert_local(case, split, None)
 
 
 def dense(name: str, lhs, rhs, groups: int = 1, **more) -> Case:

@@ -198,7 +198,8 @@ def test_a_full_disk_is_one_clear_error(folder, cache):
         filler = folder / "run" / "checkpoints" / "filler"
         with filler.open("wb", buffering=0) as file:
             # Until it has ended: what it deletes meanwhile makes room again.
-            while process.poll() is None:
+            deadline = time.monotonic() + 300
+            while process.poll() is None and time.monotonic() < deadline:
                 try:
                     file.write(bytes(4096))
                 except OSError:

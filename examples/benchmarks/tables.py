@@ -174,7 +174,7 @@ what the library has chosen by itself (for training: of fprop / dgrad / wgrad)."
 """Of Markdown, before the tables."""
 
 TRANSPOSED = """\
-The workloads named `up` are transposed convolutions: `fprop` is `grouped_conv_transpose`, computed
-as the input's gradient of a convolution, and its gradients are the other two contractions of that.
+These are transposed convolutions: `fprop` is `grouped_conv_transpose`, computed as the input's
+gradient of a convolution, and its own gradients are the other two contractions of that one.
 `lax` is `lax.conv_general_dilated` with `lhs_dilation`, since `lax.conv_transpose` takes no groups;
 `torch` is `conv_transpose2d`."""

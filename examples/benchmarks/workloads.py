@@ -60,6 +60,11 @@ class Workload:
         batch, height, width, inputs, outputs, taps, stride, groups = numbers
         if min(numbers) < 1:
             raise ValueError(f"a shape is eight numbers of at least 1, got {tuple(numbers)}")
+        if transposed and (taps < stride or (taps - stride) % 2):
+            raise ValueError(
+                f"a transposed kernel must be larger than its stride by an even number, got {taps} "
+                f"and {stride}"
+            )
         check_divides("feature_group_count", groups, "the input features", inputs)
         check_divides("feature_group_count", groups, "the output features", outputs)
         padding = (taps - stride) // 2 if transposed else taps // 2

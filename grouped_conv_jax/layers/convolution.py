@@ -40,13 +40,6 @@ def check_no_other_convolution(layer: str, **functions: Any) -> None:
             )
 
 
-def check_takes_no(layer: str, reason: str, given: Any, *names: str) -> None:
-    """Raises TypeError for arguments of Flax's layer that have one value only in this one."""
-    for name in names:
-        if name in given:
-            raise TypeError(f"{layer} takes no {name}: {reason}")
-
-
 def sizes(**features: Any) -> tuple[int, ...]:
     """Numbers of features, by the names of the arguments.
 

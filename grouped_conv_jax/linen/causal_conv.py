@@ -11,11 +11,11 @@ from flax.linen.dtypes import promote_dtype as flax_promote_dtype
 from grouped_conv_jax.layers import causal
 from grouped_conv_jax.layers.calling import Call, features_of
 from grouped_conv_jax.layers.convolution import check_features, convolved, sizes
-from grouped_conv_jax.layers.names import with_names_of_linen
+from grouped_conv_jax.layers.names import IN_LINEN, with_names
 from grouped_conv_jax.linen.parameters import call
 
 
-@with_names_of_linen
+@with_names(IN_LINEN)
 class CausalConv(linen.Module):
     """A convolution over time of which no output sees what comes after it.
 

@@ -10,12 +10,12 @@ from flax.linen.dtypes import promote_dtype as flax_promote_dtype
 
 from grouped_conv_jax.layers.calling import features_of
 from grouped_conv_jax.layers.convolution import convolved, multiplied
-from grouped_conv_jax.layers.names import with_names_of_linen
+from grouped_conv_jax.layers.names import IN_LINEN, with_names
 from grouped_conv_jax.layers.window import LayerPadding, padding_of, window
 from grouped_conv_jax.linen.parameters import call
 
 
-@with_names_of_linen
+@with_names(IN_LINEN)
 class DepthwiseConv(linen.Module):
     """A convolution of each feature by itself.
 

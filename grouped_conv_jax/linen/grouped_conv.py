@@ -13,11 +13,11 @@ from grouped_conv_jax.layers.convolution import (
     check_no_other_convolution,
     sizes,
 )
-from grouped_conv_jax.layers.names import with_names_of_linen
+from grouped_conv_jax.layers.names import IN_LINEN, with_names
 from grouped_conv_jax.layers.window import LayerPadding, window
 
 
-@with_names_of_linen
+@with_names(IN_LINEN)
 class GroupedConv(linen.Conv):
     """`flax.linen.Conv` in groups, on `grouped_conv`.
 

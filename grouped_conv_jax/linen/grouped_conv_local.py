@@ -9,12 +9,12 @@ from flax import linen
 from grouped_conv_jax.layers.calling import batch_shape
 from grouped_conv_jax.layers.convolution import check_no_other_convolution, sizes
 from grouped_conv_jax.layers.local import local_of
-from grouped_conv_jax.layers.names import with_names_of_linen
+from grouped_conv_jax.layers.names import IN_LINEN, with_names
 from grouped_conv_jax.layers.window import LayerPadding, padding_of
 from grouped_conv_jax.linen.parameters import call
 
 
-@with_names_of_linen
+@with_names(IN_LINEN)
 class GroupedConvLocal(linen.ConvLocal):
     """`flax.linen.ConvLocal` in groups, on `grouped_conv_local`: nothing is shared.
 

@@ -8,14 +8,14 @@ from flax import linen
 
 from grouped_conv_jax.layers.calling import features_of
 from grouped_conv_jax.layers.convolution import sizes
-from grouped_conv_jax.layers.names import with_names_of_linen
+from grouped_conv_jax.layers.names import IN_LINEN, with_names
 from grouped_conv_jax.layers.transposed import transposed_of
 from grouped_conv_jax.layers.window import LayerPadding, padding_of
 from grouped_conv_jax.linen.parameters import call
 from grouped_conv_jax.operations.padding import TRANSPOSED
 
 
-@with_names_of_linen
+@with_names(IN_LINEN)
 class GroupedConvTranspose(linen.ConvTranspose):
     """`flax.linen.ConvTranspose` in groups, on `grouped_conv_transpose`.
 

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from flax import linen
 from flax.linen.dtypes import promote_dtype as flax_promote_dtype
 
-from grouped_conv_jax.layers.names import with_names_of_linen
+from grouped_conv_jax.layers.names import IN_LINEN, with_names
 from grouped_conv_jax.layers.window import LayerPadding, padding_of, window
 from grouped_conv_jax.linen.depthwise_conv import DepthwiseConv
 from grouped_conv_jax.linen.grouped_conv import GroupedConv
 
 
-@with_names_of_linen
+@with_names(IN_LINEN)
 class SeparableConv(linen.Module):
     """A convolution of each feature by itself, and then of each position by itself.
 

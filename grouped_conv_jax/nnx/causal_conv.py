@@ -7,12 +7,18 @@ import jax
 from flax import nnx
 
 from grouped_conv_jax.layers import causal
-from grouped_conv_jax.layers.convolution import check_takes_no
-from grouped_conv_jax.layers.names import with_names_of_nnx
+from grouped_conv_jax.layers.names import IN_NNX, with_names
 from grouped_conv_jax.nnx.grouped_conv import GroupedConv
 from grouped_conv_jax.nnx.parameters import call
 
 
+@with_names(
+    IN_NNX,
+    takes_no=dict.fromkeys(
+        ("strides", "padding", "input_dilation"),
+        "it moves by one and sees the past only; GroupedConv takes it",
+    ),
+)
 class CausalConv(GroupedConv):
     """A convolution over time of which no output sees what comes after it.
 
@@ -52,7 +58,6 @@ class CausalConv(GroupedConv):
       van den Oord et al., "WaveNet: A Generative Model for Raw Audio", 2016.
     """
 
-    @with_names_of_nnx
     def __init__(
         self,
         in_features: int,
@@ -65,14 +70,6 @@ class CausalConv(GroupedConv):
         rngs: nnx.Rngs,
         **kwargs: Any,
     ):
-        check_takes_no(
-            "CausalConv",
-            "it moves by one and sees the past only; GroupedConv takes it",
-            kwargs,
-            "strides",
-            "padding",
-            "input_dilation",
-        )
         made = causal.causal_window(kernel_size, kernel_dilation)
         super().__init__(
             in_features,

@@ -5,11 +5,18 @@ from typing import Any
 
 from flax import nnx
 
-from grouped_conv_jax.layers.convolution import check_takes_no, multiplied, sizes
-from grouped_conv_jax.layers.names import with_names_of_nnx
+from grouped_conv_jax.layers.convolution import multiplied, sizes
+from grouped_conv_jax.layers.names import IN_NNX, with_names
 from grouped_conv_jax.nnx.grouped_conv import GroupedConv
 
 
+@with_names(
+    IN_NNX,
+    takes_no={
+        "feature_group_count": "each feature is a group",
+        "out_features": "it has in_features * channel_multiplier",
+    },
+)
 class DepthwiseConv(GroupedConv):
     """A convolution of each feature by itself.
 
@@ -45,7 +52,6 @@ class DepthwiseConv(GroupedConv):
       Applications", 2017.
     """
 
-    @with_names_of_nnx
     def __init__(
         self,
         in_features: int,
@@ -57,10 +63,6 @@ class DepthwiseConv(GroupedConv):
         rngs: nnx.Rngs,
         **kwargs: Any,
     ):
-        check_takes_no("DepthwiseConv", "each feature is a group", kwargs, "feature_group_count")
-        check_takes_no(
-            "DepthwiseConv", "it has in_features * channel_multiplier", kwargs, "out_features"
-        )
         (in_features,) = sizes(in_features=in_features)
         super().__init__(
             in_features,

@@ -13,11 +13,12 @@ from grouped_conv_jax.layers.convolution import (
     check_no_other_convolution,
     sizes,
 )
-from grouped_conv_jax.layers.names import with_names_of_nnx
+from grouped_conv_jax.layers.names import IN_NNX, with_names
 from grouped_conv_jax.layers.window import LayerPadding, window
 from grouped_conv_jax.nnx.parameters import check_inputs
 
 
+@with_names(IN_NNX)
 class GroupedConv(nnx.Conv):
     """`flax.nnx.Conv` in groups, on `grouped_conv`.
 
@@ -57,7 +58,6 @@ class GroupedConv(nnx.Conv):
       (1, 5, 5, 12)
     """
 
-    @with_names_of_nnx
     def __init__(
         self,
         in_features: int,

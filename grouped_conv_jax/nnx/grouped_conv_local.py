@@ -12,11 +12,12 @@ from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 from grouped_conv_jax.layers.calling import check_mask
 from grouped_conv_jax.layers.convolution import sizes
 from grouped_conv_jax.layers.local import local, local_of
-from grouped_conv_jax.layers.names import with_names_of_nnx
+from grouped_conv_jax.layers.names import IN_NNX, with_names
 from grouped_conv_jax.layers.window import LayerPadding, for_each
 from grouped_conv_jax.nnx.parameters import call
 
 
+@with_names(IN_NNX)
 class GroupedConvLocal(nnx.Module):
     """`flax.linen.ConvLocal` for nnx, in groups, on `grouped_conv_local`: nothing is shared.
 
@@ -67,7 +68,6 @@ class GroupedConvLocal(nnx.Module):
       (1, 5, 5, 12)
     """
 
-    @with_names_of_nnx
     def __init__(
         self,
         in_features: int,

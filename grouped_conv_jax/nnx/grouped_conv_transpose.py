@@ -9,12 +9,13 @@ from flax.nnx.nn.linear import default_kernel_init
 
 from grouped_conv_jax.layers.calling import check_mask
 from grouped_conv_jax.layers.convolution import sizes
-from grouped_conv_jax.layers.names import with_names_of_nnx
+from grouped_conv_jax.layers.names import IN_NNX, with_names
 from grouped_conv_jax.layers.transposed import transposed, transposed_of
 from grouped_conv_jax.layers.window import LayerPadding
 from grouped_conv_jax.nnx.parameters import call, with_shape
 
 
+@with_names(IN_NNX)
 class GroupedConvTranspose(nnx.ConvTranspose):
     """`flax.nnx.ConvTranspose` in groups, on `grouped_conv_transpose`.
 
@@ -63,7 +64,6 @@ class GroupedConvTranspose(nnx.ConvTranspose):
       (1, 10, 10, 12)
     """
 
-    @with_names_of_nnx
     def __init__(
         self,
         in_features: int,

@@ -9,12 +9,13 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype as flax_promote_dtype
 from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 
-from grouped_conv_jax.layers.names import with_names_of_nnx
+from grouped_conv_jax.layers.names import IN_NNX, with_names
 from grouped_conv_jax.layers.window import LayerPadding
 from grouped_conv_jax.nnx.depthwise_conv import DepthwiseConv
 from grouped_conv_jax.nnx.grouped_conv import GroupedConv
 
 
+@with_names(IN_NNX)
 class SeparableConv(nnx.Module):
     """A convolution of each feature by itself, and then of each position by itself.
 
@@ -66,7 +67,6 @@ class SeparableConv(nnx.Module):
       Chollet, "Xception: Deep Learning with Depthwise Separable Convolutions", 2017.
     """
 
-    @with_names_of_nnx
     def __init__(
         self,
         in_features: int,

@@ -72,7 +72,7 @@ def grouped_conv_local(
       Two groups; 3 x 3 taps of two inputs each, at 8 x 8 positions.
 
       >>> import jax.numpy as jnp
-      >>> from grouped_conv_jax.operations.local import grouped_conv_local
+      >>> from grouped_conv_jax import grouped_conv_local
       >>> x, w = jnp.ones((5, 8, 8, 4)), jnp.ones((8, 8, 2 * 3 * 3, 6))
       >>> grouped_conv_local(x, w, (1, 1), "SAME", (3, 3), feature_group_count=2,
       ...                    dimension_numbers=("NHWC", "HWIO", "NHWC")).shape

@@ -78,7 +78,7 @@ def grouped_conv_mixed(
       Eight features with 3 x 3 kernels and four with 5 x 5 kernels.
 
       >>> import jax.numpy as jnp
-      >>> from grouped_conv_jax.operations.mixed import grouped_conv_mixed
+      >>> from grouped_conv_jax import grouped_conv_mixed
       >>> x = jnp.ones((2, 9, 9, 12))
       >>> kernels = [jnp.ones((3, 3, 1, 8)), jnp.ones((5, 5, 1, 4))]
       >>> grouped_conv_mixed(x, kernels, (1, 1), "SAME", group_sizes=(8, 4),

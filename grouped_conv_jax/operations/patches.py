@@ -61,7 +61,7 @@ def grouped_conv_patches(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from grouped_conv_jax.operations.patches import grouped_conv_patches
+      >>> from grouped_conv_jax import grouped_conv_patches
       >>> x = jnp.array([[[1, 2, 3], [4, 5, 6]]])  # Two features at three positions.
       >>> grouped_conv_patches(x, (2,), (1,), "VALID")[0, :, 0]  # At the first position.
       Array([1, 2, 4, 5], dtype=int32)

@@ -34,7 +34,7 @@ def channel_shuffle(x: ArrayLike, feature_group_count: int, axis: int = -1) -> j
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from grouped_conv_jax.operations.shuffle import channel_shuffle
+      >>> from grouped_conv_jax import channel_shuffle
       >>> channel_shuffle(jnp.arange(6), feature_group_count=2)
       Array([0, 3, 1, 4, 2, 5], dtype=int32)
 

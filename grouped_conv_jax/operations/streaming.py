@@ -70,7 +70,7 @@ def streaming_conv(
     Example:
       >>> import jax
       >>> import jax.numpy as jnp
-      >>> from grouped_conv_jax.operations.streaming import streaming_conv, streaming_conv_state
+      >>> from grouped_conv_jax import streaming_conv, streaming_conv_state
       >>> x, w = jnp.ones((2, 10, 8)), jnp.ones((4, 1, 8))
       >>> first, state = streaming_conv(x[:, :7], w, feature_group_count=8)
       >>> second, state = streaming_conv(x[:, 7:], w, state, feature_group_count=8)
@@ -152,7 +152,7 @@ def streaming_conv_state(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from grouped_conv_jax.operations.streaming import streaming_conv_state
+      >>> from grouped_conv_jax import streaming_conv_state
       >>> streaming_conv_state(2, jnp.ones((4, 1, 8)), (2,), feature_group_count=8).shape
       (2, 6, 8)
     """
