@@ -187,16 +187,9 @@ def test_batch_and_groups_are_local_on_any_mesh(split):
     assert_local(SOME[1], split, None)
 
 
-# Each case on four of the ten meshes, each mesh with four of ten cases.
-PAIRS = [
-    (case, list(SPLITS)[(number + 3 * turn) % len(SPLITS)])
-    for number, case in enumerate(DIVIDED)
-    for turn in range(4)
-]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "split"), PAIRS, ids=[f"{c.name}-{split}" for c, split in PAIRS])
+@pytest.mark.parametrize("split", list(SPLITS))
+@each_case(DIVIDED)
 def test_every_case_is_local(case, split):
     assert_local(case, split, None)
 
