@@ -182,7 +182,7 @@ def test_when_one_is_killed_the_others_end_and_the_run_goes_on(folder, killed, p
         wait_for(lambda: len(evaluations(folder)) >= 2, folder, processes[killed])
         processes[killed].send_signal(signal.SIGKILL)
         left = processes[1 - killed]
-        assert left.wait(timeout=60) != 0
+        assert left.wait(timeout=200) != 0
     said = (folder / f"{1 - killed}.err").read_text()
     assert (
         f"error: process {1 - killed} of 2 has ended: it was killed, or another one was; "
@@ -263,7 +263,7 @@ def test_processes_that_do_not_meet_say_so():
 @pytest.mark.slow
 def test_a_mesh_without_devices_of_some_process_is_refused(folder):
     with started(folder, 2, *new_run((1, 1), epochs=1)) as processes:
-        assert [process.wait(timeout=60) for process in processes] == [2, 2]
+        assert [process.wait(timeout=200) for process in processes] == [2, 2]
     for number in range(2):
         said = (folder / f"{number}.err").read_text()
         assert (
@@ -305,7 +305,7 @@ def test_asked_to_stop_all_save_and_the_run_goes_on(folder, told, early, placeme
         wait_for(begun, folder, processes[0])
         for number in told:
             processes[number].terminate()
-        assert [process.wait(timeout=60) for process in processes] == [0, 0]
+        assert [process.wait(timeout=200) for process in processes] == [0, 0]
     assert "Go on with --resume --run-dir run\n" in said.read_text()
     stopped = re.search(r"Asked to stop: all is saved after step (\d+)\.", said.read_text())
     assert stopped
