@@ -273,6 +273,8 @@ SCRIPT = """
         settings = dict(batch_size=8, rows=range(8), seed=0, first_step=0, workers=2)
         try:
             with pipeline.training_batches(source, **settings) as batches:
+                next(batches)
+                # The second is of the second worker: both have begun.
                 print(next(batches).labels.tolist(), flush=True)
                 time.sleep(60)
         except KeyboardInterrupt:
