@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -317,80 +316,6 @@ def test_a_batch_that_the_axis_does_not_divide(batch, implementation):
     assert_right(case, MESH, (batched, P(None, None, None, "group"), batched), implementation)
 
 
-# Rows on several devices.
-
-# Each of 16 rows, to a number of rows that four devices divide too.
-ROWS = {
-    "same": {},
-    "strided": {"window_strides": (2, 1)},
-    "dilated": {"rhs_dilation": (2, 1)},
-    "strided and dilated": {"window_strides": (2, 2), "rhs_dilation": (2, 1)},
-    "valid": {"padding": "VALID", "rhs_dilation": (2, 1)},
-    "cropped": {"padding": [(-2, 0), (0, 0)]},
-    "input dilated": {"padding": [(2, 1), (1, 1)], "lhs_dilation": (2, 1)},
-}
-
-
-@pytest.mark.parametrize("more", list(ROWS.values()), ids=list(ROWS))
-def test_sharded_rows_exchange_halos_only(more):
-    case = dense("rows", (2, 16, 6, 8), (3, 3, 2, 12), groups=4, **more)
-    specs = (P(None, "data"), P(), P(None, "data"))
-    row = 4 * 2 * 6 * 8
-    for contraction in CONTRACTIONS:
-        found = sent(case, contraction, MESH, specs)
-        halos = [c for c in found if c.kind == "collective-permute"]
-        assert 1 <= len(halos) <= 3
-        # A kernel that reaches over 5 rows needs 4 of the neighbours', and as the blocks of the
-        # output shift against those of the input, a few more.
-        assert sum(c.nbytes for c in halos) <= (7 if case.out[1] == 12 else 4) * row
-        others = [c.kind for c in found if c not in halos]
-        assert others == (["all-reduce"] if contraction == "wgrad" else [])
-    assert_right(case, MESH, specs)
-
-
-@pytest.mark.parametrize("more", list(ROWS.values()), ids=list(ROWS))
-def test_rows_that_the_axis_does_not_divide(more):
-    case = dense("uneven rows", (2, 18, 6, 8), (3, 3, 2, 12), groups=4, **more)
-    assert_right(case, MESH, (P(None, "data"), P(), P(None, "data")))
-
-
-@any_implementation
-def test_rows_columns_and_groups_sharded_together(implementation):
-    mesh = make_mesh(rows=2, columns=2, group=2)
-    case = dense("an image in tiles", (2, 8, 6, 8), (3, 3, 2, 12), groups=4)
-    tiles = P(None, "rows", "columns", "group")
-    kernel = P(None, None, None, "group")
-    assert {c.kind for c in sent(case, "fprop", mesh, (tiles, kernel, tiles))} == {
-        "collective-permute"
-    }
-    assert_right(case, mesh, (tiles, kernel, tiles), implementation)
-
-
-def test_a_halo_from_beyond_the_neighbour():
-    case = dense("far", (1, 16, 4, 4), (7, 1, 1, 4), groups=4, rhs_dilation=(2, 1))
-    mesh = make_mesh(data=8)
-    rows = P(None, "data")
-    # Six rows before and six after, from three devices on each side.
-    halos = sent(case, "fprop", mesh, (rows, P(), rows))
-    assert [c.kind for c in halos] == ["collective-permute"] * 6
-    assert_right(case, mesh, (rows, P(), rows))
-
-
-def test_rows_over_axes_in_another_order_than_the_mesh():
-    case = dense("crosswise", (1, 16, 4, 4), (3, 3, 1, 4), groups=4)
-    rows = P(None, ("group", "data"))
-    assert_right(case, MESH, (rows, P(), rows))
-
-
-def test_rows_out_of_step_with_their_dilation_are_gathered():
-    # Blocks of three output rows begin at rows of the input and at gaps between them, in turn.
-    more = {"padding": [(0, -1), (1, 1)], "lhs_dilation": (2, 1)}
-    case = dense("out of step", (1, 8, 4, 4), (3, 3, 1, 4), groups=4, **more)
-    mesh, specs = make_mesh(data=4), (P(None, "data"), P(), P(None, "data"))
-    assert "all-gather" in {c.kind for c in sent(case, "fprop", mesh, specs)}
-    assert_right(case, mesh, specs)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_any_sharding_of_any_case_is_right(seed):
@@ -545,55 +470,6 @@ def test_jit_of_several_devices_from_outside_jit_and_from_shardings_without_a_me
     oracle.assert_close(jax.jit(case.conv())(stacked, np.asarray(w)), expected, length)
 
 
-# Where XLA cannot ask. Left alone it miscomputes some shardings, of features and of rows above all,
-# so that each device computes all.
-
-SHARDINGS = [P(), P("b"), P(None, "b"), P(None, None, None, "b")]
-
-
-def assert_right_by(way: Callable, groups: int, lhs: P, rhs: P, out: P) -> None:
-    mesh = make_mesh(a=4, b=2)
-    case = dense("by itself", (2, 8, 4, 8), (3, 3, 8 // groups, 8), groups)
-    shardings = [NamedSharding(mesh, spec) for spec in (lhs, rhs, out)]
-    operands = case.random()
-    placed = tuple(map(jax.device_put, operands, shardings))
-    compute = way(mesh, value_and_gradients(case.conv()), placed)
-    results = jax.jit(compute, out_shardings=(shardings[2], *shardings[:2]))(*placed)
-    assert_matches_the_oracle(results, case, operands)
-
-
-def exported(mesh, compute, operands):
-    return jax.export.export(jax.jit(compute))(*operands).call
-
-
-def partly_manual(mesh, compute, operands):
-    return jax.shard_map(compute, mesh=mesh, in_specs=P(), out_specs=P(), axis_names={"a"})
-
-
-@pytest.mark.parametrize("way", [exported, partly_manual])
-@pytest.mark.parametrize("groups", [1, 4])
-@pytest.mark.parametrize(
-    "specs",
-    [
-        (P("b"), P(None, None, "b"), P(None, "b")),
-        (P(None, None, None, "b"), P(), P("b")),
-        (P("b"), P(), P("b")),
-    ],
-    ids=str,
-)
-def test_by_itself_xla_is_given_no_choice(way, groups, specs):
-    assert_right_by(way, groups, *specs)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("way", [exported, partly_manual])
-@pytest.mark.parametrize("groups", [1, 2, 4])
-def test_by_itself_xla_is_given_no_choice_for_any_sharding(way, groups):
-    for lhs, out in itertools.product(SHARDINGS, SHARDINGS):
-        for rhs in (P(), P(None, None, "b"), P(None, None, None, "b")):
-            assert_right_by(way, groups, lhs, rhs, out)
-
-
 def test_a_sharded_program_can_be_exported():
     case = dense("exported", (8, 5, 6, 8), (3, 2, 2, 12), groups=4)
     operands = placed(case)
@@ -660,44 +536,6 @@ def test_an_implementation_that_cannot_says_so_by_itself(monkeypatch):
     monkeypatch.setattr(algorithms.TABLE["vmap"], "supports", lambda *_: "not today")
     with pytest.raises(NotImplementedError, match="not today"):
         compiled(case, "fprop", MESH, (P(),) * 3, "vmap")
-
-
-# What lax does.
-
-
-@pytest.mark.parametrize("sizes", [(4, 2), (2, 4)], ids=str)
-def test_laxs_own_kernel_gradient_is_multiplied(sizes):
-    """A bug of XLA's partitioner that this library is free of: if this fails, it is mended, and
-    the README and the comments that mention it can be.
-    """
-    mesh = make_mesh(data=sizes[0], other=sizes[1])
-    case = dense("lax", (8, 5, 6, 8), (3, 2, 2, 12), groups=4)
-    x, w, y = case.random()
-    batched = NamedSharding(mesh, P("data"))
-    placed = jax.device_put((x, w, y), (batched, NamedSharding(mesh, P()), batched))
-    expected = oracle.kernel_gradient(x, y, w.shape, **case.arguments)
-    length = case.lengths[2]
-    _, _, theirs = value_and_gradients(case.lax_conv())(*placed)
-    _, _, ours = value_and_gradients(case.conv())(*placed)
-    oracle.assert_close(ours, expected, length)
-    oracle.assert_close(theirs, sizes[1] * expected, sizes[1] * length)
-
-
-def test_laxs_own_forward_convolution_is_wrong_for_some_shardings():
-    """As above: if this fails, it is mended."""
-    mesh = make_mesh(a=4, b=2)
-    case = dense("lax", (2, 8, 4, 8), (3, 3, 8, 8))
-    x, w, _ = case.random()
-    batch, inputs, rows = (
-        NamedSharding(mesh, spec) for spec in (P("b"), P(None, None, "b"), P(None, "b"))
-    )
-    placed = jax.device_put((x, w), (batch, inputs))
-    ours, theirs = (
-        jax.jit(conv, out_shardings=rows)(*placed) for conv in (case.conv(), case.lax_conv())
-    )
-    expected = oracle.forward(x, w, **case.arguments)
-    oracle.assert_close(ours, expected, case.lengths[0])
-    assert np.abs(theirs - expected).max() > 1
 
 
 @pytest.mark.slow
