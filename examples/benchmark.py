@@ -159,9 +159,10 @@ class Options:
     @property
     def result_file(self) -> Path:
         """To read or to write."""
+        if given := self.from_ or self.output:
+            return given
         which = "-transposed" if any(w.transposed for w in self.chosen()) else ""
-        default = Path("benchmarks") / f"{jax.default_backend()}{which}-{self.dtype}.json"
-        return self.from_ or self.output or default
+        return Path("benchmarks") / f"{jax.default_backend()}{which}-{self.dtype}.json"
 
     @property
     def command(self) -> str:
