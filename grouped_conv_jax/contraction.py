@@ -15,7 +15,6 @@ axis becomes part of the letter that the mapped operands and the result share. I
 device by itself: until then it is an axis of its own in the spec, so that it can be sharded.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -24,11 +23,11 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import NamedSharding, PartitionSpec
 
-from grouped_conv_jax import selection
+from grouped_conv_jax import selection, xla_partition
 from grouped_conv_jax.algorithms import TABLE
 from grouped_conv_jax.devices import DeviceKind
 from grouped_conv_jax.explicit import has_explicit_axes, untyped
-from grouped_conv_jax.partition import requires_devices, spread
+from grouped_conv_jax.partition import divided, requires_devices
 from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec, Factor, Role
 from grouped_conv_jax.tuning import active as tuning_of_context
 from grouped_conv_jax.watching import Equation, Watch, watching
@@ -159,7 +158,7 @@ batching.fancy_primitive_batchers[grouped_conv_p] = _batching_rule
 
 
 # Lowering: the choice of the implementation is made here, per platform, and where there are several
-# devices for XLA to spread the work over, on the shapes that one of them gets.
+# devices to divide the work among, on the shapes that one of them gets.
 
 
 def _lowering_rule(platform: str):
@@ -167,32 +166,53 @@ def _lowering_rule(platform: str):
         device = DeviceKind.lowered_for(platform, ctx)
         is_export = ctx.module_context.lowering_parameters.for_export
 
-        def on_one_device(first, second, spec):
+        def compute(first, second, spec, divided_over=None):
             result = RESULT[contraction]
             if spec.is_empty:
                 return jnp.zeros(spec.shape(result), spec.role_dtype(result))
             merged = spec.merged()
             name = selection.resolve(
-                implementation, contraction, merged, platform, choices, device, is_export
+                implementation,
+                contraction,
+                merged,
+                platform,
+                choices,
+                device,
+                is_export,
+                None if divided_over is None else xla_partition.axis_count(divided_over),
             )
-            first, second = map(spec.merge, OPERANDS[contraction], (first, second))
             algorithm = getattr(TABLE[name], contraction)
+
+            def constrain(role, x):
+                if divided_over is None:
+                    return x
+                return xla_partition.constrain(role, x, merged, divided_over)
+
+            def computed(*operands):
+                roles = OPERANDS[contraction]
+                operands = (constrain(role, x) for role, x in zip(roles, operands, strict=True))
+                return constrain(result, algorithm(*operands, merged))
+
+            first, second = map(spec.merge, OPERANDS[contraction], (first, second))
             with jax.named_scope(f"grouped_conv.{contraction}.{name}"):
-                # A function of its own: what it has of constants stays in it. A partitioned one
-                # may have none.
-                out = jax.jit(lambda *operands: algorithm(*operands, merged))(first, second)
+                # A function of its own keeps its constants. A partitioned one may have none.
+                out = jax.jit(computed)(first, second)
             return spec.split(result, out)
 
         watch: Watch | None = watching.value
-        note = None
-        if watch is not None:
-            equation = Equation(contraction, spec, implementation, choices)
-            note = functools.partial(watch.note, equation, device)
-        how = f"{implementation} {choices} {watch}"
-        compute = spread(on_one_device, contraction, spec, how, ctx, note)
+
+        def note(spec, divided_over=None):
+            if watch is not None:
+                equation = Equation(contraction, spec_of_equation, implementation, choices)
+                axes = None if divided_over is None else xla_partition.axis_count(divided_over)
+                watch.note(equation, device, spec, axes)
+
+        spec_of_equation = spec
+        key = f"{implementation} {choices} {watch}"
+        computation = divided(compute, contraction, spec, platform, key, ctx, note)
         # The type of the result is settled; how it is computed need not be typed as well.
-        compute = untyped(compute, ctx.avals_out[0].sharding)
-        return mlir.lower_fun(compute, multiple_results=False)(ctx, *operands)
+        computation = untyped(computation, ctx.avals_out[0].sharding)
+        return mlir.lower_fun(computation, multiple_results=False)(ctx, *operands)
 
     return rule
 

@@ -1,5 +1,6 @@
 """Kinds of devices: what a measurement is valid for."""
 
+import contextlib
 from typing import Any, NamedTuple
 
 import jax
@@ -26,19 +27,28 @@ class DeviceKind(NamedTuple):
 
     @classmethod
     def lowered_for(cls, platform: str, context: mlir.LoweringRuleContext) -> "DeviceKind | None":
-        """None if a program for this platform is made without one of its devices, for export."""
+        """Returns the kind of the devices that a program is lowered for.
+
+        None if it is lowered for a platform and not for devices, as `jax.export` does. The devices
+        may be those of a topology, which this process does not have.
+        """
         module = context.module_context
         backend = None if module.backend is None else module.get_backend(optional=True)
-        return None if backend is None else cls(platform, backend.local_devices()[0].device_kind)
+        if backend is None:
+            return None
+        devices = getattr(module.axis_context, "device_assignment", None)
+        devices = devices or backend.local_devices() or backend.devices()
+        return cls(platform, devices[0].device_kind) if devices else None
 
     def device(self) -> Any:
-        """One of this kind that this process has.
+        """Returns a device of this kind that this process has.
 
         Raises:
           RuntimeError: it has none.
         """
         backend = None if self.platform == "another platform" else self.platform
-        for device in jax.local_devices(backend=backend):
-            if device.device_kind == self.kind:
-                return device
-        raise RuntimeError(f"this process has no {self}")
+        with contextlib.suppress(RuntimeError):  # JAX has no such backend here.
+            for device in jax.local_devices(backend=backend):
+                if device.device_kind == self.kind:
+                    return device
+        raise RuntimeError(f"this process has no device of the kind {self}")

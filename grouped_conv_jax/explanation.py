@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grouped_conv_jax import selection
+from grouped_conv_jax import selection, xla_partition
 from grouped_conv_jax.algorithms import TABLE, unsupported
 from grouped_conv_jax.devices import DeviceKind
 from grouped_conv_jax.occurrences import Occurrence, occurrences
@@ -26,7 +26,8 @@ class Row:
     Attributes:
       contraction: "fprop" for the output, "dgrad" for the input's gradient, "wgrad" for the
         kernel's.
-      spec: of the forward convolution, as large as one device gets it, mapped axes merged.
+      spec: of the forward convolution, mapped axes merged: as large as one device gets it, or
+        whole if `divided_by_xla`.
       device: the kind of the device.
       times: how often the function computes it, as far as is known: once for the rounds of a
         `lax.while_loop`, and in every branch of a `lax.cond`.
@@ -37,6 +38,8 @@ class Row:
       runs_unasked: whether it may run without being asked for, however fast it is.
       expected_seconds: by the model behind the automatic choice; None if that does not tell.
       measured_seconds: by the tuning; None if that does not tell.
+      divided_by_xla: whether XLA divides the convolution among the devices by itself, as on a
+        TPU's mesh with Auto axes, where the library does not learn what one device gets.
     """
 
     contraction: Contraction
@@ -50,6 +53,7 @@ class Row:
     runs_unasked: bool
     expected_seconds: float | None
     measured_seconds: float | None
+    divided_by_xla: bool = False
 
     @property
     def flops(self) -> int:
@@ -156,11 +160,13 @@ def _rows(o: Occurrence, tuning: Tuning | None) -> tuple[Row, ...]:
     contraction, spec, platform = o.contraction, o.spec, o.device.platform
     measured = {} if tuning is None else tuning.seconds(contraction, spec, o.device)
     chosen = o.implementation or selection.resolve(
-        None, contraction, spec, platform, o.choices, o.device
+        None, contraction, spec, platform, o.choices, o.device, xla_divides=o.xla_divides
     )
 
     def row(name: str) -> Row:
         reason = unsupported(name, contraction, spec, platform)
+        if reason is None and o.xla_divides is not None:
+            reason = xla_partition.miscomputed(name, contraction, spec, o.xla_divides)
         expected = math.inf
         if reason is None:
             expected = selection.expected_seconds(name, contraction, spec, platform)
@@ -178,6 +184,7 @@ def _rows(o: Occurrence, tuning: Tuning | None) -> tuple[Row, ...]:
             runs_unasked=reason is None and runs_unasked(name, contraction, spec),
             expected_seconds=expected if math.isfinite(expected) else None,
             measured_seconds=measured.get(name),
+            divided_by_xla=o.xla_divides is not None,
         )
 
     return tuple(map(row, TABLE))
@@ -230,7 +237,7 @@ def _paragraph(rows: Sequence[Row]) -> str:
     return "\n".join(
         [
             f"{row.contraction}: {row.description}",
-            f"{often} on {row.device}, {size}",
+            f"{often} on {row.device}{', divided by XLA' * row.divided_by_xla}, {size}",
             *aligned(table, numbers=("expected ms", "measured ms")),
         ]
     )

@@ -78,7 +78,7 @@ def sharding_of_result(
     if not has_explicit_axes(mesh):
         return None
     by: _Sharded = {
-        role: _axes(x.sharding, len(spec.shape(role)))
+        role: axes_of_dimensions(x.sharding, len(spec.shape(role)))
         for role, x in zip(OPERANDS[contraction], (first, second), strict=True)
     }
     rule = {"fprop": _fprop, "dgrad": _dgrad, "wgrad": _wgrad}[contraction]
@@ -205,8 +205,12 @@ def _check_fits(dimensions: Sequence[Axes], shape: Sequence[Any], mesh: Abstract
             )
 
 
-def _axes(sharding: NamedSharding, rank: int) -> list[Axes]:
-    """The mesh axes of each dimension, as tuples."""
+def axes_of_dimensions(sharding: NamedSharding, rank: int) -> list[Axes]:
+    """Returns the mesh axes that shard each dimension.
+
+    Raises:
+      ValueError: the array is unreduced or reduced over mesh axes.
+    """
     if sharding.spec.unreduced or sharding.spec.reduced:
         raise ValueError(
             f"operands must not have unreduced or reduced mesh axes, got {sharding.spec}; "

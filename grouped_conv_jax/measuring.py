@@ -41,7 +41,8 @@ def tune(function: Callable, *args: Any, repeats: int = 10, **kwargs: Any) -> Tu
     Each distinct contraction that it has (forward; gradients, if it takes them), in the shapes that
     one device gets, is computed alone by each implementation that supports it (by the first of
     those that are the same function), on a device of the kind that it would run on. Those with an
-    `implementation` of their own are left out.
+    `implementation` of their own are left out, and so are those that XLA divides among devices by
+    itself (a TPU's mesh with Auto axes), where what one device gets is not known.
 
     Args:
       function: a function of arrays, compiled with `jax.jit` or not; it is traced, and if several
@@ -56,6 +57,8 @@ def tune(function: Callable, *args: Any, repeats: int = 10, **kwargs: Any) -> Tu
 
     Raises:
       ValueError: `repeats` is less than 1.
+      RuntimeError: the function is for devices that this process does not have, such as those of a
+        topology.
       TypeError: `function` is not callable.
 
     Warns:
@@ -81,7 +84,7 @@ def tune(function: Callable, *args: Any, repeats: int = 10, **kwargs: Any) -> Tu
     measured: dict[tuple[DeviceKind, Contraction, ConvSpec], Measurement] = {}
     for o in occurrences(function, args, kwargs):
         key = o.device, o.contraction, o.spec
-        if o.implementation is None and key not in measured:
+        if o.implementation is None and o.xla_divides is None and key not in measured:
             measured[key] = _measure(*key, repeats)
     return Tuning(tuple(measured.values()))
 
@@ -89,7 +92,10 @@ def tune(function: Callable, *args: Any, repeats: int = 10, **kwargs: Any) -> Tu
 def _measure(
     kind: DeviceKind, contraction: Contraction, spec: ConvSpec, repeats: int
 ) -> Measurement:
-    platform, device = kind.platform, kind.device()
+    try:
+        platform, device = kind.platform, kind.device()
+    except RuntimeError as missing:
+        raise RuntimeError(f"tune runs what it measures, and {missing}") from None
     subject = Subject(kind, contraction, spec_key(spec))
     first = selection.choose(contraction, spec, platform)
     names = _different(contraction, spec, platform)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.core import Tracer
 from jax.extend.core import jaxprs_in_params
-from jax.sharding import AxisType
+from jax.sharding import AbstractMesh, AxisType, Mesh, Sharding
 
 from grouped_conv_jax.contraction import grouped_conv_p
 from grouped_conv_jax.devices import DeviceKind
@@ -33,6 +33,8 @@ class Occurrence:
       device: the kind that it is compiled for.
       times: how often it is computed, as far as is known: once for the rounds of a
         `lax.while_loop`, and in every branch of a `lax.cond`.
+      xla_divides: None if `spec` is what one device computes. Otherwise XLA divides `spec` by
+        itself, over this many mesh axes.
     """
 
     contraction: Contraction
@@ -41,6 +43,7 @@ class Occurrence:
     choices: Choices | None
     device: DeviceKind
     times: int = 0
+    xla_divides: int | None = None
 
 
 def occurrences(
@@ -61,16 +64,26 @@ def occurrences(
         return function(*args, **kwargs)
 
     traced_call = jax.jit(call).trace(*arrays)
+    devices = _devices(arrays, traced_call.jaxpr)
+    here = DeviceKind.of(devices[0])
     settled: Counter[Equation] = Counter()
     shared: Counter[Equation] = Counter()
-    _count(traced_call.jaxpr, 1, settled, shared if jax.device_count() > 1 else settled)
-    here = DeviceKind.of(_device(arrays))
-    found = [(equation, equation.spec, here, times) for equation, times in settled.items()]
+    are_several = max(len(devices), jax.device_count()) > 1
+    _count(traced_call.jaxpr, 1, settled, shared if are_several else settled)
+    found = [(equation, equation.spec, here, None, times) for equation, times in settled.items()]
     found += _compiled(traced_call, shared, here)
     total: Counter[Occurrence] = Counter()
-    for (contraction, _, implementation, choices), spec, device, times in found:
+    for (contraction, _, implementation, choices), spec, device, xla_divides, times in found:
         if not spec.is_empty:
-            total[Occurrence(contraction, spec.merged(), implementation, choices, device)] += times
+            occurrence = Occurrence(
+                contraction,
+                spec.merged(),
+                implementation,
+                choices,
+                device,
+                xla_divides=xla_divides,
+            )
+            total[occurrence] += times
     return [dataclasses.replace(o, times=times) for o, times in total.items()]
 
 
@@ -94,7 +107,7 @@ def _count(jaxpr: Any, times: int, settled: Counter[Equation], shared: Counter[E
 
 def _compiled(
     traced: Any, shared: Counter[Equation], here: DeviceKind
-) -> Iterator[tuple[Equation, ConvSpec, DeviceKind, int]]:
+) -> Iterator[tuple[Equation, ConvSpec, DeviceKind, int | None, int]]:
     """What becomes of the equations that devices may share."""
     if not shared:
         return
@@ -104,13 +117,36 @@ def _compiled(
         if shared.keys() - {equation for equation, *_ in watch.seen}:
             lowered.compile()
     kinds = Counter(equation for equation, *_ in watch.seen)
-    for (equation, spec, device), seen in watch.seen.items():
+    for (equation, spec, device, xla_divides), seen in watch.seen.items():
         # What is lowered once for many places, or iterated, is seen once. Where the same equation
         # is shared in two ways, the places are what there is.
-        yield equation, spec, device or here, shared[equation] if kinds[equation] == 1 else seen
+        times = shared[equation] if kinds[equation] == 1 else seen
+        yield equation, spec, device or here, xla_divides, times
 
 
-def _device(arrays: Sequence[Any]) -> Any:
-    """That of the first array, or what would be that of a new one."""
-    known = (x for x in arrays if isinstance(x, jax.Array) and not isinstance(x, Tracer))
-    return min(next(known, jax.device_put(0)).devices(), key=lambda device: device.id)
+def _devices(arrays: Sequence[Any], jaxpr: Any) -> list[Any]:
+    """Returns the devices that a function is for, which may be those of a topology.
+
+    They are those of the first array that is on some (a `jax.ShapeDtypeStruct` is on those of its
+    sharding), or else those of the mesh of the context or of a `shard_map`, or else JAX's default.
+    """
+    shardings = (getattr(x, "sharding", None) for x in arrays if not isinstance(x, Tracer))
+    for sharding in shardings:
+        if isinstance(sharding, Sharding) and not _is_abstract(sharding):
+            return sorted(sharding.device_set, key=lambda device: device.id)
+    for mesh in (jax.sharding.get_mesh(), *_meshes(jaxpr)):
+        if isinstance(mesh, Mesh) and not mesh.empty:
+            return list(mesh.devices.flat)
+    return list(jax.device_put(0).devices())
+
+
+def _is_abstract(sharding: Sharding) -> bool:
+    return isinstance(getattr(sharding, "mesh", None), AbstractMesh)
+
+
+def _meshes(jaxpr: Any) -> Iterator[Any]:
+    """Yields the meshes of the `shard_map`s of a program."""
+    for equation in jaxpr.eqns:
+        yield equation.params.get("mesh")
+        for inner in jaxprs_in_params(equation.params):
+            yield from _meshes(inner)

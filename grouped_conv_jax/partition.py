@@ -1,31 +1,66 @@
-"""How a contraction is split over the devices of a mesh, where nothing but shardings say so.
+"""Divides a contraction among the devices of a mesh.
 
-Under plain `jit` XLA's partitioner asks here: it brings the shardings that it found for the two
-operands and the result, and gets back those to bring them into, and what each device computes on
-its part. How it is split is `plan`'s to say; this is how XLA is told.
+Who decides how it is divided depends on what is known while JAX lowers it:
 
-Axes of the mesh are cut into axes of prime size, so that one of 8 devices can go to 4 groups and
-to 2 parts of each. (Shardy does likewise; what it finds cannot always be said with whole axes.)
+- Inside `shard_map` the shapes are those of one device, and nothing is left to divide.
+- Where the mesh axes are Explicit, the shardings are part of the types. `plan` decides, and the
+  program is a `shard_map`. XLA need not ask back, so that this works on every platform, in the
+  persistent compilation cache and in `jax.export`.
+- Where they are Auto, only XLA knows the shardings. Its partitioner asks here, by
+  `custom_partitioning`: it brings the shardings that it found for the operands and the result, and
+  `plan` decides.
+- Where they are Auto and XLA cannot ask (on a TPU, and in `jax.export`), XLA divides the
+  contraction by itself: see `xla_partition`.
+
+For XLA's questions the axes of the mesh are cut into axes of prime size, so that one axis of 8
+devices can go to 4 groups and to 2 parts of each. (Shardy does likewise, and what it finds cannot
+always be said with whole axes.)
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax._src import dispatch  # For the one name that `requires_devices` needs.
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
-from grouped_conv_jax.plan import Dimensions, choose
+from grouped_conv_jax.explicit import axes_of_dimensions, has_explicit_axes, mesh_of
+from grouped_conv_jax.plan import Dimensions, Plan, choose
 from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec, Role
 from grouped_conv_jax.version import __version__
 
+WITH_CUSTOM_PARTITIONING = frozenset({"cpu", "cuda", "rocm"})
+"""The platforms whose compiler asks `custom_partitioning`. A TPU's does not (jax issue 38196)."""
+
 Computation = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class Compute(Protocol):
+    """Computes the contraction of a spec: on one device, or on a mesh that XLA divides it over."""
+
+    def __call__(
+        self,
+        first: jax.Array,
+        second: jax.Array,
+        spec: ConvSpec,
+        divided_over: Mesh | AbstractMesh | None = None,
+    ) -> jax.Array: ...
+
+
+class Note(Protocol):
+    """Takes note of the spec that a device computes, or of a whole one that XLA divides."""
+
+    def __call__(self, spec: ConvSpec, divided_over: Mesh | AbstractMesh | None = None) -> None: ...
 
 
 def requires_devices(primitive: Primitive) -> None:
@@ -35,58 +70,74 @@ def requires_devices(primitive: Primitive) -> None:
     dispatch.prim_requires_devices_during_lowering.add(primitive)
 
 
-def spread(
-    compute: Callable[[jax.Array, jax.Array, ConvSpec], jax.Array],
+def divided(
+    compute: Compute,
     contraction: Contraction,
     spec: ConvSpec,
-    how: str,
+    platform: str,
+    key: str,
     context: mlir.LoweringRuleContext,
-    note: Callable[[ConvSpec], None] | None = None,
+    note: Note,
 ) -> Computation:
-    """A contraction for the devices that it is being lowered for.
-
-    On one device, and inside `shard_map`, where the shapes are those of one device, it is as on
-    one device. Where XLA cannot ask, each device computes all of it: inside a `shard_map` with axes
-    that are not manual (XLA dies of a custom partition under manual axes), and for `jax.export`,
-    which has no place for a Python callback. Left alone, XLA miscomputes some shardings there.
+    """Returns the contraction as the devices that it is lowered for compute it together.
 
     Args:
-      compute: the contraction of a spec on one device.
+      compute: the contraction of a spec.
       contraction: which one.
-      spec: of the whole.
-      how: what else `compute` depends on, as a key of compilation caches.
-      context: of the lowering.
-      note: is told the specs that devices get, but for those inside `shard_map`, where they are
-        as traced.
+      spec: the whole convolution.
+      platform: the platform of the devices.
+      key: what else `compute` depends on, for compilation caches.
+      context: the context of the lowering.
+      note: is told the specs that devices get. Those inside `shard_map` are in the jaxpr already,
+        and are not told.
     """
 
-    def alone(first: jax.Array, second: jax.Array) -> jax.Array:
+    def local(first: jax.Array, second: jax.Array) -> jax.Array:
         return compute(first, second, spec)
 
     def whole(first: jax.Array, second: jax.Array) -> jax.Array:
-        if note is not None:
-            note(spec)
-        return alone(first, second)
+        note(spec)
+        return local(first, second)
 
     axes: Any = context.module_context.axis_context
+    types: list[Any] = [*context.avals_in, *context.avals_out]
     if manual := getattr(axes, "manual_axes", None):
         if manual == frozenset(axes.mesh.axis_names):
-            return alone
-        operand: Any = context.avals_in[0]
-        return _on_each_device(whole, operand.sharding.mesh)
+            return local
+        # XLA dies of a custom partition under manual axes, and miscomputes without one.
+        return _on_each_device(whole, types[0].sharding.mesh)
     devices = getattr(axes, "device_assignment", None)
     if devices is None or len(devices) == 1 or spec.is_empty:
         return whole
+    mesh = mesh_of(*types)
+    if _is_explicit(mesh) and not spec.is_symbolic:
+        return _in_shard_map(compute, contraction, spec, mesh, types, note)
     # Where the shardings do not tell of a mesh, the devices are all on one axis.
-    mesh = axes.abstract_mesh
-    sizes = {"devices": len(devices)} if mesh is None or mesh.empty else mesh.shape
+    sizes = dict(axes.abstract_mesh.shape) if axes.abstract_mesh is not None else {}
+    sizes = sizes or {"devices": len(devices)}
     mesh = Mesh(np.array(devices).reshape(list(sizes.values())), tuple(sizes))
-    if context.module_context.lowering_parameters.for_export:
-        return _on_each_device(whole, mesh)
-    return _partitioned(alone, compute, contraction, spec, how, mesh, note)
+    is_export = context.module_context.lowering_parameters.for_export
+    if is_export or platform not in WITH_CUSTOM_PARTITIONING:
+
+        def by_xla(first: jax.Array, second: jax.Array) -> jax.Array:
+            note(spec, divided_over=mesh)
+            return compute(first, second, spec, divided_over=mesh)
+
+        return by_xla
+    return _partitioned(local, compute, contraction, spec, key, mesh, note)
+
+
+def _is_explicit(mesh: AbstractMesh) -> bool:
+    """Returns whether the types tell all shardings: no axis of several devices is Auto."""
+    kinds = zip(mesh.axis_types, mesh.shape.values(), strict=True)
+    return has_explicit_axes(mesh) and all(
+        kind == AxisType.Explicit for kind, size in kinds if size > 1
+    )
 
 
 def _on_each_device(whole: Computation, mesh: Mesh | AbstractMesh) -> Computation:
+    """Returns a computation that every device does completely."""
+
     def replicated(x: jax.Array) -> jax.Array:
         # On an Explicit mesh the axes are Auto here by now, in the mesh of the context.
         here = jax.sharding.get_abstract_mesh()
@@ -96,16 +147,64 @@ def _on_each_device(whole: Computation, mesh: Mesh | AbstractMesh) -> Computatio
     return lambda first, second: replicated(whole(replicated(first), replicated(second)))
 
 
-def _partitioned(
-    alone: Computation,
-    compute: Callable[[jax.Array, jax.Array, ConvSpec], jax.Array],
+# Shardings that the types tell.
+
+
+def _in_shard_map(
+    compute: Compute,
     contraction: Contraction,
     spec: ConvSpec,
-    how: str,
-    mesh: Mesh,
-    note: Callable[[ConvSpec], None] | None,
+    mesh: AbstractMesh,
+    types: list[Any],
+    note: Note,
 ) -> Computation:
-    """A contraction as XLA is to partition it over the devices of a mesh."""
+    roles = (*OPERANDS[contraction], RESULT[contraction])
+    given: dict[Role, Dimensions] = {
+        role: tuple(axes_of_dimensions(x.sharding, x.ndim))
+        for role, x in zip(roles, types, strict=True)
+    }
+    plan = choose(contraction, spec, given, dict(mesh.shape))
+    *operands, result = (PartitionSpec(*plan.sharded(role)) for role in roles)
+
+    def computation(first: jax.Array, second: jax.Array) -> jax.Array:
+        note(plan.local_spec)
+        # The contexts of the axes: those that were Explicit are Auto inside a lowering.
+        function = jax.shard_map(
+            functools.partial(plan.compute, compute),
+            in_specs=tuple(operands),
+            out_specs=result,
+            axis_names=set(mesh.axis_names),
+            check_vma=False,
+        )
+        values = zip(roles, (first, second), strict=False)
+        out = function(*(_filled_up(x, plan, role) for role, x in values))
+        return lax.slice(out, (0,) * out.ndim, spec.shape(roles[2]))
+
+    return computation
+
+
+def _filled_up(x: jax.Array, plan: Plan, role: Role) -> jax.Array:
+    """Pads an array at its ends so that the axes of the plan divide it."""
+    config = []
+    for size, axes in zip(x.shape, plan.sharded(role), strict=True):
+        parts = math.prod(plan.sizes[axis] for axis in axes)
+        config.append((0, -size % parts, 0))
+    return lax.pad(x, jnp.zeros((), x.dtype), config)
+
+
+# Shardings that XLA asks about.
+
+
+def _partitioned(
+    local: Computation,
+    compute: Compute,
+    contraction: Contraction,
+    spec: ConvSpec,
+    key: str,
+    mesh: Mesh,
+    note: Note,
+) -> Computation:
+    """Returns a contraction for which XLA asks how to partition it over the devices of a mesh."""
     mesh = _refined(mesh)
     names = (*OPERANDS[contraction], RESULT[contraction])
 
@@ -115,12 +214,16 @@ def _partitioned(
             for role, x in zip(names, (*operands, result), strict=True)
         }
         plan = choose(contraction, spec, given, mesh.shape)
-        if note is not None:
-            note(plan.local_spec)
-        shardings = [NamedSharding(mesh, PartitionSpec(*plan.sharded(role))) for role in names]
-        return mesh, functools.partial(plan.compute, compute), shardings[2], tuple(shardings[:2])
+        note(plan.local_spec)
 
-    function = custom_partitioning(alone)
+        def on_device(first: jax.Array, second: jax.Array) -> jax.Array:
+            with _own_contexts(spec):
+                return plan.compute(compute, first, second)
+
+        shardings = [NamedSharding(mesh, PartitionSpec(*plan.sharded(role))) for role in names]
+        return mesh, on_device, shardings[2], tuple(shardings[:2])
+
+    function = custom_partitioning(local)
     rule, sizes = sharding_rule(contraction, spec)
     function.def_partition(partition, sharding_rule=rule, decode_shardings=False, **sizes)
 
@@ -128,7 +231,7 @@ def _partitioned(
         # XLA sees a pointer to the callback, which jax leaves out of the key of the persistent
         # compilation cache if jax_remove_custom_partitioning_ptr_from_cache_key is set. This is
         # what tells different contractions apart then.
-        metadata = f"{__version__} {contraction} {how} {spec}"
+        metadata = f"{__version__} {contraction} {key} {spec}"
         # The scope is what profiles, and reports of collectives, call it.
         with (
             set_xla_metadata(grouped_conv=metadata),
@@ -137,6 +240,22 @@ def _partitioned(
             return function(first, second)
 
     return named
+
+
+@contextlib.contextmanager
+def _own_contexts(spec: ConvSpec) -> Iterator[None]:
+    """Sets the contexts in which a device's part is traced.
+
+    XLA may ask from another thread, without the contexts of the caller, or from the caller's,
+    whose Explicit mesh means nothing here.
+    """
+    has_64_bits = any(
+        dtype in (np.float64, np.complex128, np.int64, np.uint64)
+        for dtype in (spec.dtype, spec.wide_dtype)
+    )
+    types = jax.enable_x64(True) if has_64_bits else contextlib.nullcontext()
+    with types, jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        yield
 
 
 def sharding_rule(contraction: Contraction, spec: ConvSpec) -> tuple[str, dict[str, int]]:

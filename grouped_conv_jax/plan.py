@@ -8,7 +8,6 @@ of the result, as XLA's own are: each device rounds its part. This module knows 
 and sizes of their axes, and nothing of how XLA is told.
 """
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -19,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AbstractMesh
 
 from grouped_conv_jax.halo import Halo
 from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec, MappedAxis, Part, Role
@@ -101,18 +99,7 @@ class Plan:
         )
 
     def compute(self, local: Callable, first: jax.Array, second: jax.Array) -> jax.Array:
-        """What one device computes, from its parts of the operands to its part of the result."""
-        # XLA may ask from another thread, without the contexts of the caller, or from the caller's,
-        # whose Explicit mesh means nothing here.
-        has_64_bits = any(
-            dtype in (np.float64, np.complex128, np.int64, np.uint64)
-            for dtype in (self.spec.dtype, self.spec.wide_dtype)
-        )
-        types = jax.enable_x64(True) if has_64_bits else contextlib.nullcontext()
-        with types, jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
-            return self._compute(local, first, second)
-
-    def _compute(self, local: Callable, first: jax.Array, second: jax.Array) -> jax.Array:
+        """Computes one device's part of the result from its parts of the operands."""
         values = [
             self._without_garbage(role, x)
             for role, x in zip(OPERANDS[self.contraction], (first, second), strict=True)

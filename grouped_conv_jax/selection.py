@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from grouped_conv_jax import xla_partition
 from grouped_conv_jax.algorithms import TABLE, unsupported
 from grouped_conv_jax.devices import DeviceKind
 from grouped_conv_jax.spec import Contraction, ConvSpec
@@ -83,22 +84,41 @@ def resolve(
     choices: Choices | None = None,
     device: DeviceKind | None = None,
     is_export: bool = False,
+    xla_divides: int | None = None,
 ) -> str:
-    """The name of the implementation to run: the one asked for, the one that is the fastest of
-    those measured on such a device, or the automatic choice.
+    """Returns the name of the implementation to run: the one asked for, the one that is the fastest
+    of those measured on such a device, or the automatic choice.
+
+    Args:
+      implementation: the one asked for, or None.
+      contraction: what is computed.
+      spec: the convolution as large as one device computes it, or the whole one if XLA divides it.
+      platform: the platform that it runs on.
+      choices: the measured ones, or None.
+      device: the kind of the device, or None if it is not known.
+      is_export: whether the program must run without this package.
+      xla_divides: over how many mesh axes XLA divides the convolution by itself; None if it does
+        not.
 
     Raises:
       NotImplementedError: the implementation that was asked for does not do this.
     """
+    if implementation is None and xla_divides is not None:
+        return xla_partition.choose(contraction, spec, xla_divides)
     if implementation is None:
         fastest = None
         if choices is not None:
             fastest = choices.fastest(contraction, spec, device, is_export)
         return fastest or choose(contraction, spec, platform, is_export)
-    if reason := unsupported(implementation, contraction, spec, platform, is_export):
-        others = [
-            n for n in TABLE if unsupported(n, contraction, spec, platform, is_export) is None
-        ]
+
+    def reason_against(name: str) -> str | None:
+        reason = unsupported(name, contraction, spec, platform, is_export)
+        if reason is None and xla_divides is not None:
+            reason = xla_partition.miscomputed(name, contraction, spec, xla_divides)
+        return reason
+
+    if reason := reason_against(implementation):
+        others = [name for name in TABLE if reason_against(name) is None]
         raise NotImplementedError(
             f"implementation {implementation!r} does not compute this {contraction} on "
             f"{platform}: {reason}; these do: {', '.join(others)}"

@@ -27,19 +27,26 @@ class Watch:
     and compiled anew.
 
     Attributes:
-      seen: how often an equation has become a convolution of this spec on this kind of device.
+      seen: how often an equation has become a convolution of this spec on this kind of device, and
+        over how many mesh axes XLA divides it by itself; None if the spec is one device's.
     """
 
     def __init__(self) -> None:
-        self.seen: Counter[tuple[Equation, ConvSpec, DeviceKind | None]] = Counter()
+        self.seen: Counter[tuple[Equation, ConvSpec, DeviceKind | None, int | None]] = Counter()
         self._id = uuid.uuid4()
 
     def __repr__(self) -> str:
         # In the key of the persistent cache, which would answer without asking for a partition.
         return f"Watch({self._id})"
 
-    def note(self, equation: Equation, device: DeviceKind | None, local_spec: ConvSpec) -> None:
-        self.seen[equation, local_spec, device] += 1
+    def note(
+        self,
+        equation: Equation,
+        device: DeviceKind | None,
+        spec: ConvSpec,
+        xla_divides: int | None,
+    ) -> None:
+        self.seen[equation, spec, device, xla_divides] += 1
 
 
 watching = jax.make_user_context(None)

@@ -34,6 +34,7 @@ def test_the_names_are_those_of_the_table():
         "lax",
         "vmap",
         "dense",
+        "einsum",
         "taps",
         "patches",
         "packed",

@@ -30,6 +30,7 @@ TABLE: dict[str, ModuleType] = {
         "lax",
         "vmap",
         "dense",
+        "einsum",
         "taps",
         "patches",
         "packed",
@@ -43,7 +44,7 @@ def implementations() -> tuple[str, ...]:
 
     >>> import grouped_conv_jax
     >>> grouped_conv_jax.implementations()
-    ('xla', 'lax', 'vmap', 'dense', 'taps', 'patches', 'packed', 'native')
+    ('xla', 'lax', 'vmap', 'dense', 'einsum', 'taps', 'patches', 'packed', 'native')
     """
     return tuple(TABLE)
 
