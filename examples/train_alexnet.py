@@ -3,6 +3,7 @@
 python examples/train_alexnet.py
 python examples/train_alexnet.py --preset photos
 python examples/train_alexnet.py --preset paper --data folder:DIR
+python examples/train_alexnet.py --compile-only v5e:4x4
 python examples/train_alexnet.py --help
 """
 
@@ -20,6 +21,7 @@ import tyro
 from rich.console import Console
 
 from alexnet import distributed
+from alexnet.augmentation import Preprocessing
 from alexnet.brevity import be_brief
 from alexnet.checkpoints import CANNOT_WRITE
 from alexnet.config import TrainConfig
@@ -29,10 +31,11 @@ from alexnet.loop import Loop, evaluate
 from alexnet.picture import save_placement
 from alexnet.presets import PRESETS
 from alexnet.report import dump_programs, show_placement, training_report
-from alexnet.run import CONFIG, Run, new_trainer, newest_run, set_up, user_errors, warn
+from alexnet.run import CONFIG, Run, load, new_trainer, newest_run, set_up, user_errors, warn
 from alexnet.speed import counting_compilations
 from alexnet.state import Evaluation
 from alexnet.stopping import Stop, on_sigterm
+from alexnet.topology import topology_devices
 from alexnet.training import Trainer
 from grouped_conv_jax.towers import make_mesh
 
@@ -61,6 +64,9 @@ def main() -> None:
             towers = config.net_config(num_classes=2, image_channels=3).towers
         if cpus := config.devices.cpu_devices(towers):
             jax.config.update("jax_num_cpu_devices", cpus)
+        if config.devices.compile_only is not None:
+            compile_only(config, config.devices.compile_only)
+            sys.exit()
         use_cache(config.work.cache)
         with distributed.joined(config) as process, counting_compilations() as compilations:
             code = train_in(process, config)
@@ -138,6 +144,43 @@ def use_cache(folder: Path | None) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     # Under plain jit a program has a pointer in it, which differs from start to start.
     jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
+
+
+def compile_only(config: TrainConfig, topology: str) -> None:
+    """Compiles a training step for a TPU topology and prints what each device does in it.
+
+    Raises:
+      UsageError: the settings do not fit the topology, or it cannot be compiled for.
+    """
+    jax.config.update("jax_platforms", "cpu")  # Whatever else there is, nothing runs on it.
+    try:
+        devices = topology_devices(topology)
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(f"--compile-only: {error}") from error
+    mesh, dataset, net = load(config, devices)
+    channels = dataset.channels
+    # The statistics of the images are constants of the program: their values do not matter.
+    trainer = new_trainer(config, dataset, net, mesh, Preprocessing.neutral(channels))
+    compiled = trainer.lower(config.recipe.batch_size, dataset.train.shape).compile()
+    report = training_report(
+        trainer,
+        net,
+        trainer.abstract_state,
+        config.recipe.batch_size,
+        dataset.train.shape,
+        dtype=config.recipe.dtype,
+        parts=config.recipe.accumulate,
+        compiled=compiled,
+    )
+    console = Console(soft_wrap=True)
+    console.print(
+        f"AlexNet ({config.net}), compiled for {mesh.size} of the {len(devices)} devices of "
+        f"{topology} ({devices[0].device_kind}); nothing was run.",
+        highlight=False,
+    )
+    console.print(str(report), markup=False, highlight=False)
+    if analysis := compiled.cost_analysis():
+        console.print(f"FLOPs of each device, as XLA counts them: {analysis['flops']:,.0f}")
 
 
 def train_in(process: distributed.Process | None, config: TrainConfig) -> int:

@@ -1,6 +1,7 @@
 """Kinds of devices: what a measurement is valid for."""
 
 import contextlib
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -29,8 +30,8 @@ class DeviceKind(NamedTuple):
     def lowered_for(cls, platform: str, context: mlir.LoweringRuleContext) -> "DeviceKind | None":
         """Returns the kind of the devices that a program is lowered for.
 
-        None if it is lowered for a platform and not for devices, as `jax.export` does. The devices
-        may be those of a topology, which this process does not have.
+        It is None if it is lowered for a platform and not for devices, as `jax.export` does. The
+        devices may be those of a topology, which this process does not have.
         """
         module = context.module_context
         backend = None if module.backend is None else module.get_backend(optional=True)
@@ -38,6 +39,7 @@ class DeviceKind(NamedTuple):
             return None
         devices = getattr(module.axis_context, "device_assignment", None)
         devices = devices or backend.local_devices() or backend.devices()
+        check_one_platform(devices)
         return cls(platform, devices[0].device_kind) if devices else None
 
     def device(self) -> Any:
@@ -52,3 +54,12 @@ class DeviceKind(NamedTuple):
                 if device.device_kind == self.kind:
                     return device
         raise RuntimeError(f"this process has no device of the kind {self}")
+
+
+def check_one_platform(devices: Iterable[Any]) -> None:
+    """Raises ValueError unless all devices are of one platform."""
+    platforms = sorted({device.platform for device in devices})
+    if len(platforms) > 1:
+        raise ValueError(
+            f"a mesh must have devices of one platform, got those of {' and '.join(platforms)}"
+        )

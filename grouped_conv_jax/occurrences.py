@@ -15,7 +15,7 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import AbstractMesh, AxisType, Mesh, Sharding
 
 from grouped_conv_jax.contraction import grouped_conv_p
-from grouped_conv_jax.devices import DeviceKind
+from grouped_conv_jax.devices import DeviceKind, check_one_platform
 from grouped_conv_jax.spec import Contraction, ConvSpec
 from grouped_conv_jax.tuning import Choices
 from grouped_conv_jax.watching import Equation, Watch, watching
@@ -65,11 +65,13 @@ def occurrences(
 
     traced_call = jax.jit(call).trace(*arrays)
     devices = _devices(arrays, traced_call.jaxpr)
+    check_one_platform(devices)
     here = DeviceKind.of(devices[0])
     settled: Counter[Equation] = Counter()
     shared: Counter[Equation] = Counter()
     are_several = max(len(devices), jax.device_count()) > 1
     _count(traced_call.jaxpr, 1, settled, shared if are_several else settled)
+    found: list[tuple[Equation, ConvSpec, DeviceKind, int | None, int]]
     found = [(equation, equation.spec, here, None, times) for equation, times in settled.items()]
     found += _compiled(traced_call, shared, here)
     total: Counter[Occurrence] = Counter()

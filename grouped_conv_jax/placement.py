@@ -21,6 +21,9 @@ from grouped_conv_jax.table import aligned
 
 Direction = Literal["forward", "backward"]
 
+NAMELESS = "(no name)"
+"""Where a collective is to which XLA gives no name."""
+
 _Key = tuple[str, str, tuple[str, ...]]
 """A layer, a direction, the axes of the mesh."""
 
@@ -250,42 +253,65 @@ def _claim(needed: dict[_Key, list], found: dict[_Key, list]) -> None:
     """Moves a collective that a layer needs just so to that layer, whatever it is named after.
 
     What the partitioner gathers is named, by the version of XLA, after the layer that takes it or
-    after the one that made it.
+    after the one that made it. XLA:TPU may make an all-reduce without a name of a reduce-scatter.
     """
 
     def agree(key: _Key) -> bool:
         wanted = [(kind, nbytes) for kind, nbytes, *_ in needed.get(key, ())]
         return sorted(wanted) == sorted(found.get(key, ()))
 
+    def move(collective: tuple[str, int], key: _Key, others: list[_Key]) -> bool:
+        for other in others:
+            if other[2] == key[2] and not agree(other) and collective in found[other]:
+                found[other].remove(collective)
+                found.setdefault(key, []).append(collective)
+                return True
+        return False
+
     for key, wanted in needed.items():
         for kind, nbytes, *_ in wanted:
-            if (kind, nbytes) in found.get(key, ()):
+            if (kind, nbytes) in found.get(key, ()) or move((kind, nbytes), key, list(found)):
                 continue
-            for other in [k for k in found if k[2] == key[2] and not agree(k)]:
-                if (kind, nbytes) in found[other]:
-                    found[other].remove((kind, nbytes))
-                    found.setdefault(key, []).append((kind, nbytes))
-                    break
+            if kind == "reduce-scatter":
+                nameless = [other for other in found if other[0] == NAMELESS]
+                move(("all-reduce", nbytes), key, nameless)
     for key in [key for key, moved in found.items() if not moved]:
         del found[key]
 
 
 def _pool(needed: dict[_Key, list], found: dict[_Key, list]) -> None:
-    """One row for what several layers need and one place outside of them all does.
+    """Makes one row of what several layers need and one place does for all of them.
 
-    Such are the gradients of all layers, where a program sums them together at its end.
+    The gradients of all layers are summed together where a program sums them at its end, and where
+    XLA combines their sums: then all are named after one of them.
     """
     layers = {layer for layer, *_ in needed}
     places = {(key[2], kind) for key in found for kind, _ in found[key]}
     for axes, kind in sorted(places):
-        outside = [k for k in found if k[0] not in layers and k[2] == axes]
-        outside = [k for k in outside if {what for what, _ in found[k]} == {kind}]
-        missing = [k for k in needed if k not in found and k[2] == axes]
-        missing = [k for k in missing if {what for what, *_ in needed[k]} == {kind}]
-        if outside and missing:
-            together = (", ".join(dict.fromkeys(layer for layer, *_ in missing)), "", axes)
-            needed[together] = [e for key in missing for e in needed.pop(key)]
-            found[together] = [c for key in outside for c in found.pop(key)]
+        of_kind = [key for key in found if key[2] == axes and {k for k, _ in found[key]} == {kind}]
+        outside = [key for key in of_kind if key[0] not in layers]
+        together = [key for key in of_kind if key[0] in layers and _excess(key, needed, found) > 0]
+        missing = [key for key in needed if key not in found and key[2] == axes]
+        missing = [key for key in missing if {what for what, *_ in needed[key]} == {kind}]
+        if not missing:
+            continue
+        if not outside:
+            # What was combined is complete: it is as much as the layers in it need together.
+            excess = sum(_excess(key, needed, found) for key in together)
+            if excess != sum(nbytes for key in missing for _, nbytes, _ in needed[key]):
+                continue
+            outside, missing = together, [*missing, *together]
+            missing.sort(key=list(needed).index)
+        if outside:
+            row = (", ".join(dict.fromkeys(layer for layer, *_ in missing)), "", axes)
+            needed[row] = [e for key in missing for e in needed.pop(key)]
+            found[row] = [c for key in outside for c in found.pop(key)]
+
+
+def _excess(key: _Key, needed: dict[_Key, list], found: dict[_Key, list]) -> int:
+    """Returns how many bytes more a place moves than it needs to."""
+    moved = sum(nbytes for _, nbytes in found[key])
+    return moved - sum(nbytes for _, nbytes, *_ in needed.get(key, ()))
 
 
 def _layer(op_name: str, layers: Sequence[str]) -> str:
@@ -294,7 +320,7 @@ def _layer(op_name: str, layers: Sequence[str]) -> str:
         names = "|".join(map(re.escape, sorted(layers, key=len, reverse=True)))
         if inside := re.findall(rf"(?<![\w.-])(?:{names})(?![\w.-])", op_name):
             return inside[-1]
-    return op_name or "(no name)"
+    return op_name or NAMELESS
 
 
 def _held(name: str, tree: Any) -> Memory:

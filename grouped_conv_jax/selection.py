@@ -5,10 +5,13 @@ import math
 import numpy as np
 
 from grouped_conv_jax import xla_partition
-from grouped_conv_jax.algorithms import TABLE, unsupported
+from grouped_conv_jax.algorithms import TABLE, dense, unsupported
 from grouped_conv_jax.devices import DeviceKind
 from grouped_conv_jax.spec import Contraction, ConvSpec
 from grouped_conv_jax.tuning import Choices
+
+TPU_LANES = 128
+"""Elements of the last dimension that a TPU's register holds."""
 
 
 def choose(contraction: Contraction, spec: ConvSpec, platform: str, is_export: bool = False) -> str:
@@ -35,6 +38,17 @@ def choose(contraction: Contraction, spec: ConvSpec, platform: str, is_export: b
       `"dense"`;
     - all others: `"xla"`, which is lax's own convolution as well.
 
+    On TPUs, by the cycles that XLA:TPU itself estimates for its programs (see docs/tpu.md), since
+    no TPU was at hand to measure on. Another implementation than lax's is chosen only where the
+    estimate is at least 1.5 times lower:
+
+    - groups of 2 to 8 features: `"einsum"`, a batched matrix product for each tap;
+    - the input's gradient, and the output without strides, of up to eight groups of at least 32
+      features, unless the features of a group in the result are a multiple of the 128 lanes of a
+      register: `"dense"`;
+    - the kernel's gradient of other groups: `"lax"`;
+    - all others: `"xla"`.
+
     Elsewhere, where nothing has been measured, lax's own: `"lax"` for the kernel's gradient,
     `"xla"` for the others. `"vmap"` becomes the same convolutions as `"xla"` by a longer way, and
     `"packed"` spoils neighbouring groups where there are infinities or NaN: both are there to be
@@ -55,6 +69,8 @@ def _preferred(contraction: Contraction, spec: ConvSpec, platform: str) -> str:
     groups = spec.feature_group_count
     if spec.is_empty or (isinstance(groups, int) and groups == 1):
         return "xla"
+    if platform == "tpu" and not spec.is_symbolic:
+        return _preferred_on_tpu(contraction, spec)
     if contraction == "wgrad":
         return "lax"
     if platform == "cuda" and not spec.is_symbolic:
@@ -65,6 +81,19 @@ def _preferred(contraction: Contraction, spec: ConvSpec, platform: str) -> str:
         if groups <= 4 and min(inputs, outputs) >= 64 and spec.dtype == np.float32:
             return "dense"
     return "xla"
+
+
+def _preferred_on_tpu(contraction: Contraction, spec: ConvSpec) -> str:
+    inputs, outputs = spec.group_width
+    if xla_partition.is_narrow(spec):
+        return "einsum"
+    if contraction == "wgrad":
+        return "lax"
+    made = outputs if contraction == "fprop" else inputs
+    has_strides = contraction == "fprop" and max(spec.window_strides, default=1) > 1
+    is_wide = min(inputs, outputs) >= 32 and made % TPU_LANES != 0
+    few = spec.feature_group_count <= dense.UNROLLED
+    return "dense" if few and is_wide and not has_strides else "xla"
 
 
 def expected_seconds(name: str, contraction: Contraction, spec: ConvSpec, platform: str) -> float:

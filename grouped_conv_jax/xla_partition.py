@@ -9,12 +9,12 @@ XLA divides the program that is lowered. Its partitioner has faults. With JAX 0.
   kernel gradients with batch groups.
 - A grouped convolution that is a matrix product in disguise (one tap, or one output position) is
   refused or computed with the wrong groups.
-- A kernel gradient with feature groups is wrong for a batch of one.
+- A kernel gradient with feature groups is wrong for a batch of one, and for depthwise convolutions.
 
 This module keeps XLA away from them. `constrain` closes dimensions that XLA must not shard: a
 closed dimension is gathered if the caller shards it. `choose` picks the implementation that XLA
-divides without a needless collective. Both were found by compiling random shardings for CPU devices,
-where values can be compared, and by reading the collectives of programs compiled for TPUs;
+divides without a needless collective. Both rules were found by compiling random shardings for CPU
+devices, where values can be compared, and by reading the collectives of programs compiled for TPUs.
 `tests/test_xla_partition.py` and `tests/test_tpu.py` do the same.
 """
 
@@ -24,12 +24,14 @@ import jax
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from grouped_conv_jax.spec import Contraction, ConvSpec, Role
+from grouped_conv_jax.algorithms import einsum
+from grouped_conv_jax.spec import RESULT, Contraction, ConvSpec, Role
 
 NARROW = 8
-"""Features of a group up to which a product per tap beats a kernel gradient with feature groups.
+"""Up to so many features of a group a product for each tap beats a grouped convolution on a TPU.
 
-XLA:TPU's own estimates for ResNeXt's groups of 4 and 8 features are 2.7 to 10 times lower.
+XLA:TPU's own estimates for ResNeXt's groups of 4 and 8 features are 2.4 to 10 times lower for the
+kernel gradient. At 16 features they are higher.
 """
 
 
@@ -43,47 +45,48 @@ def choose(contraction: Contraction, spec: ConvSpec, mesh_axes: int) -> str:
     """
     if spec.is_symbolic or spec.feature_group_count == 1:
         return "xla"
-    if _is_matrix_product(contraction, spec):
-        return "einsum"
-    if contraction != "wgrad":
-        return "xla"
-    width = min(spec.group_width)
-    if 1 < width <= NARROW:
-        return "einsum"
-    if mesh_axes <= 1:
-        return "lax"
-    batch = spec.lhs_shape[spec.layout("lhs")[0]]
-    return "einsum" if width == 1 or batch == 1 else "xla"
+    if is_narrow(spec) or _is_matrix_product(contraction, spec):
+        preferred = "einsum"
+    elif contraction != "wgrad":
+        preferred = "xla"
+    elif mesh_axes <= 1:
+        preferred = "lax"
+    else:
+        preferred = "einsum" if _looks_depthwise(spec) else "xla"
+    can_einsum = einsum.supports(contraction, spec, "tpu") is None
+    return preferred if preferred != "einsum" or can_einsum else "taps"
 
 
 def miscomputed(name: str, contraction: Contraction, spec: ConvSpec, mesh_axes: int) -> str | None:
     """Returns why XLA would miscompute an implementation that was asked for, or None."""
     if spec.is_symbolic or spec.feature_group_count == 1:
         return None
-    convolves_groups = name in ("xla", "lax", "vmap", "packed")
-    if convolves_groups and _is_matrix_product(contraction, spec):
-        return "XLA divides grouped convolutions that are matrix products incorrectly"
-    if contraction != "wgrad" or not convolves_groups:
+    if name not in ("xla", "lax", "vmap", "packed"):  # The others have no grouped convolutions.
         return None
-    if name == "lax":
-        return (
-            "XLA sums batch groups over axes that they are not sharded over" * (mesh_axes > 1)
-            or None
-        )
-    batch = spec.lhs_shape[spec.layout("lhs")[0]]
-    if batch == 1 or max(spec.group_width) == 1:
-        return "XLA divides the kernel gradient by feature groups incorrectly here"
+    if _is_matrix_product(contraction, spec):
+        return "XLA's partitioner miscomputes grouped convolutions with one tap or one position"
+    if contraction == "wgrad" and name == "lax" and mesh_axes > 1:
+        return "XLA's partitioner sums batch groups over all axes of a mesh"
+    if contraction == "wgrad" and name != "lax" and _looks_depthwise(spec):
+        return "XLA's partitioner miscomputes the feature groups of this kernel gradient"
     return None
+
+
+def is_narrow(spec: ConvSpec) -> bool:
+    """Returns whether groups have few features, and more than one input or output."""
+    return 1 < min(spec.group_width) <= NARROW
+
+
+def _looks_depthwise(spec: ConvSpec) -> bool:
+    """Returns whether the feature groups of the kernel gradient have one feature each."""
+    return spec.lhs_shape[spec.layout("lhs")[0]] == 1 or 1 in spec.group_width
 
 
 def _is_matrix_product(contraction: Contraction, spec: ConvSpec) -> bool:
     """Returns whether the window or the result of the convolution has one position only."""
-    window, result = {
-        "fprop": ("rhs", "out"),
-        "dgrad": ("rhs", "lhs"),
-        "wgrad": ("out", "rhs"),
-    }[contraction]
-    return 1 in (math.prod(spec.spatial_shape(role)) for role in (window, result))  # type: ignore
+    window: Role = "out" if contraction == "wgrad" else "rhs"
+    sizes = (math.prod(spec.spatial_shape(role)) for role in (window, RESULT[contraction]))
+    return 1 in sizes
 
 
 def constrain(role: Role, x: jax.Array, spec: ConvSpec, mesh: Mesh | AbstractMesh) -> jax.Array:

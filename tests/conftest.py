@@ -4,6 +4,7 @@
 do not count devices.
 """
 
+import os
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -22,9 +23,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    platform = config.getoption("--platform")
+    platform = str(config.getoption("--platform"))
     if platform == "cpu" and not config.getoption("--optimized"):
         compile_quickly()
+    # The processes that tests start need not look for a TPU only because libtpu is installed.
+    os.environ.setdefault("JAX_PLATFORMS", platform)
     jax.config.update("jax_platforms", platform if platform == "cpu" else f"{platform},cpu")
     jax.config.update("jax_num_cpu_devices", 8)
     if platform != "cpu":

@@ -40,6 +40,12 @@ class Preprocessing(NamedTuple):
             return cls(mean, np.ones_like(std), colours)
         return cls(mean.mean((0, 1)), std, colours)
 
+    @classmethod
+    def neutral(cls, channels: int) -> "Preprocessing":
+        """Leaves pixels as they are: for programs that are compiled and not run."""
+        ones = np.ones(channels, np.float32)
+        return cls(np.zeros_like(ones), ones, np.eye(channels, dtype=np.float32))
+
     def save(self, path: Path) -> None:
         np.savez(path, **self._asdict())
 

@@ -108,6 +108,10 @@ class Devices:
     implementation: str | None = None
     """How to convolve: a name from grouped_conv_jax.implementations(), or None to choose."""
 
+    compile_only: Annotated[str | None, tyro.conf.arg(metavar="TOPOLOGY")] = None
+    """Compile a training step for a TPU that is not there, such as v5e:4x4, report it, and stop.
+    Nothing is trained. Needs libtpu, which pip install "jax[tpu]" brings."""
+
     distributed: bool = False
     """One of several processes, which the cluster names: SLURM, Open MPI, Kubernetes, Cloud TPU."""
 
@@ -152,6 +156,10 @@ class Devices:
                     f"--process-id must be from 0 to {self.num_processes - 1}, "
                     f"got {self.process_id}"
                 )
+        if self.compile_only is not None and self.several_processes:
+            raise UsageError("--compile-only runs in one process")
+        if self.compile_only is not None and self.placement == "pmap":
+            raise UsageError("--compile-only knows --placement shard_map and jit, not pmap")
         if self.several_processes and self.placement == "pmap":
             raise UsageError("--placement pmap runs in one process; take shard_map or jit")
 
@@ -307,7 +315,10 @@ class TrainConfig:
         # Of this process and of this start, not of the run.
         for name in ("run_dir", "resume", "eval_only"):
             del settings[name]
-        for name in ("distributed", "coordinator", "num_processes", "process_id"):
+        for name in (
+            *("compile_only", "distributed", "coordinator"),
+            *("num_processes", "process_id"),
+        ):
             del settings["devices"][name]
         del settings["work"]["profile_input"]
         text = json.dumps({"settings": settings, **more}, indent=2, default=str)

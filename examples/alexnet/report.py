@@ -53,6 +53,7 @@ def training_report(
     dtype: str = "float32",
     parts: int = 1,
     alone: Callable[[], Trainer] | None = None,
+    compiled: jax.stages.Compiled | None = None,
 ) -> PlacementReport:
     """What a training step exchanges and holds; compiles it, as the first step would.
 
@@ -65,6 +66,7 @@ def training_report(
       dtype: in which the net computes.
       parts: that a batch is computed in; what is shown is exchanged for each of them.
       alone: makes a trainer of the same net on one device, to compare the memory with.
+      compiled: the compiled step, where there is one already.
     """
     mesh = trainer.net.mesh
     examples = batch_size // mesh.shape[DATA] // parts
@@ -73,7 +75,7 @@ def training_report(
         # The means of the losses and of the right answers.
         exchanges.append(Exchange("loss", "fprop", "all-reduce", (DATA,), 2 * 4))
     return placement_report(
-        trainer.lower(batch_size, image_shape).compile(),
+        compiled or trainer.lower(batch_size, image_shape).compile(),
         mesh,
         exchanges=exchanges,
         held={"parameters": state.params, "optimizer state": state.opt_state},

@@ -5,8 +5,9 @@ import dataclasses
 import datetime
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -169,13 +170,21 @@ def go_on(run: Run) -> None:
         raise UsageError(f"{run.folder} was left at {position}, which is not {run.position()}")
 
 
-def load(config: TrainConfig) -> tuple[Mesh, sources.Dataset, AlexNetConfig]:
-    """The devices, the images and the net, and whether they go together."""
+def load(
+    config: TrainConfig, devices: Sequence[Any] | None = None
+) -> tuple[Mesh, sources.Dataset, AlexNetConfig]:
+    """Returns the mesh, the images and the net, if they go together.
+
+    Args:
+      config: the settings.
+      devices: the devices of the mesh, by default JAX's.
+    """
+    devices = jax.devices() if devices is None else devices
     batch_size, accumulate = config.recipe.batch_size, config.recipe.accumulate
     with user_errors():
         check_name(config.devices.implementation)
         net = config.net_config(num_classes=2, image_channels=3)
-        mesh = make_mesh(*(config.devices.mesh or default_mesh(net.towers)))
+        mesh = make_mesh(*(config.devices.mesh or default_mesh(net.towers, len(devices))), devices)
     processes = {device.process_index for device in mesh.devices.flat}
     if len(processes) < jax.process_count():
         raise UsageError(
@@ -269,9 +278,8 @@ def user_errors() -> Iterator[None]:
         raise UsageError(str(error)) from error
 
 
-def default_mesh(towers: int) -> tuple[int, int]:
+def default_mesh(towers: int, devices: int) -> tuple[int, int]:
     """Devices for examples and for towers: as many for towers as can share them."""
-    devices = len(jax.devices())
     group = max(n for n in range(1, devices + 1) if towers % n == 0)
     return devices // group, group
 
