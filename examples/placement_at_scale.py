@@ -1,197 +1,303 @@
-"""What the paper's AlexNet moves per device and step, from 1 device to 256: compiled, not run.
+"""What training steps exchange, hold and compute on TPUs from 4 chips to 256: compiled, not run.
 
 python examples/placement_at_scale.py
+python examples/placement_at_scale.py --nets alexnet --topologies v5e:4x4 --dtypes float32
+python examples/placement_at_scale.py --page-only
 
-The training step of the 224-pixel net is compiled ahead of time for meshes of more and more CPU
-devices that are not there, the examples on each device staying the same, and its collectives are
-read back. The table goes to docs/placement_at_scale.md; that takes about a minute.
+The steps of AlexNet, with its towers on different chips, and of ResNeXt-50, MobileNet and
+ConvNeXt-T, with their examples on different chips, are compiled ahead of time for TPUs that are not
+there. This needs libtpu (pip install "jax[tpu]"), one to four minutes for each program, and no TPU.
+What was compiled before is kept in a JSON file and not compiled again; the page is made from the
+file.
 """
 
 import dataclasses
+import json
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, Literal, get_args
 
+import data_parallel
 import jax
 import numpy as np
 import tyro
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 
 from alexnet.augmentation import Preprocessing
 from alexnet.presets import PAPER_RECIPE
 from alexnet.report import training_report
+from alexnet.topology import topology_devices
 from alexnet.training import Trainer, tower_net
-from grouped_conv_jax.collectives import Collective, collectives
+from grouped_conv_jax.collectives import collectives
 from grouped_conv_jax.models import AlexNetConfig
-from grouped_conv_jax.placement import PlacementReport
+from grouped_conv_jax.placement import placement_report
 from grouped_conv_jax.towers import DATA, GROUP, make_mesh
 
-TWO_TOWERS = [(1, 1), (1, 2), *((2**i, 2) for i in range(1, 8))]
-FOUR_TOWERS = [(1, 4), (8, 4)]
-MESHES = [(2, *mesh) for mesh in TWO_TOWERS] + [(4, *mesh) for mesh in FOUR_TOWERS]
-"""Towers, devices on the axis "data", devices on the axis "group"."""
+NetName = Literal["alexnet", "resnext50", "mobilenet", "convnext_tiny"]
+PlacementName = Literal["jit", "shard_map"]
+DtypeName = Literal["bfloat16", "float32"]
+
+ROOT = Path(__file__).parent.parent
+TITLES: dict[NetName, str] = {
+    "alexnet": "AlexNet of two towers",
+    "resnext50": "ResNeXt-50 32x4d",
+    "mobilenet": "MobileNet v1",
+    "convnext_tiny": "ConvNeXt-T",
+}
+EXAMPLES: dict[NetName, int] = {
+    "alexnet": 128,
+    "resnext50": 32,
+    "mobilenet": 32,
+    "convnext_tiny": 32,
+}
+"""Images on each device of the axis "data"."""
 
 IMAGE_SHAPE = (256, 256, 3)
-"""Before they are cropped to 224 pixels, as in the paper."""
-
-TABLE = Path(__file__).parent.parent / "docs" / "placement_at_scale.md"
+"""AlexNet's images before they are cropped to 224 pixels, as in the paper."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Compiles the paper's AlexNet for ever more devices, and tabulates what they exchange."""
+    """Compiles training steps for TPU topologies, and tabulates what each chip does."""
 
-    examples: int = 128
-    """Examples on each device."""
+    nets: tuple[NetName, ...] = get_args(NetName)
+    """The networks."""
 
-    output: Path = TABLE
+    topologies: tuple[str, ...] = ("v5e:2x2", "v5e:4x4", "v6e:2x4", "v5p:2x2x2", "v5e:16x16")
+    """The TPUs: a generation, and how its chips are arranged."""
+
+    placements: tuple[PlacementName, ...] = get_args(PlacementName)
+    """How a network comes to its devices: by XLA's partitioner, or as the program of each."""
+
+    dtypes: tuple[DtypeName, ...] = get_args(DtypeName)
+    """What is computed in; parameters are float32."""
+
+    page_only: bool = False
+    """Write the page from the figures that there are, and compile nothing."""
+
+    results: Path = ROOT / "benchmarks" / "tpu-placement.json"
+    """The JSON file with the figures."""
+
+    page: Path = ROOT / "docs" / "placement_at_scale.md"
     """The Markdown file to write."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Compiled:
-    """One line of the table."""
+class Step:
+    """One program: a network's training step for some devices of a topology."""
 
-    towers: int
-    mesh: Mesh
-    collectives: Sequence[Collective]
-    report: PlacementReport
-
-    def moved(self, axis: str) -> int:
-        """Bytes per device and step along one mesh axis."""
-        return sum(c.nbytes for c in self.collectives if c.axes == (axis,))
-
-    def counts(self, axis: str) -> str:
-        """How many collectives of each kind."""
-        kinds = Counter(c.kind for c in self.collectives if c.axes == (axis,))
-        return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "none"
+    net: NetName
+    topology: str
+    placement: PlacementName
+    dtype: DtypeName
+    devices: int
+    """How many of the topology's devices it uses; 1 is what the others are compared with."""
 
 
 def main() -> None:
     """The command line."""
     options = tyro.cli(Options)
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", max(data * group for _, data, group in MESHES))
-    lines = []
-    for towers, data, group in MESHES:
-        config = AlexNetConfig.paper(towers=towers)
-        lines.append(compile_step(config, make_mesh(data, group), options.examples))
-        print(f"{data * group:4} devices: {data} x {group}", flush=True)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(page(lines, options))
-    print(options.output)
+    rows = json.loads(options.results.read_text()) if options.results.exists() else []
+    try:
+        for step in () if options.page_only else steps(options):
+            if any(dataclasses.asdict(step).items() <= row.items() for row in rows):
+                continue
+            print(step, flush=True)
+            rows.append(dataclasses.asdict(step) | figures(step))
+            options.results.parent.mkdir(parents=True, exist_ok=True)
+            options.results.write_text(json.dumps(rows, indent=1) + "\n")
+    except (ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    options.page.write_text(page(rows))
+    print(options.page)
 
 
-def compile_step(config: AlexNetConfig, mesh: Mesh, examples: int) -> Compiled:
-    """Compiles one training step for a mesh; no array is made and nothing is run."""
+def steps(options: Options) -> Iterator[Step]:
+    """Yields the programs; for each generation of TPUs and each dtype one for a single device."""
+    for net in options.nets:
+        for dtype in options.dtypes:
+            alone = {}
+            for topology in options.topologies:
+                alone.setdefault(generation(topology), topology)
+            for topology in alone.values():
+                yield Step(net, topology, "jit", dtype, 1)
+            for topology in options.topologies:
+                for placement in options.placements:
+                    count = len(topology_devices(topology))
+                    yield Step(net, topology, placement, dtype, count)
+
+
+def generation(topology: str) -> str:
+    """Returns "v5e" of "v5e:4x4"."""
+    return topology.partition(":")[0]
+
+
+# What is compiled.
+
+
+def figures(step: Step) -> dict[str, Any]:
+    """Compiles a step and reads off what one device does in it."""
+    devices = topology_devices(step.topology)[: step.devices]
+    compiled, report, mesh = (alexnet if step.net == "alexnet" else others)(step, devices)
+    found = collectives(compiled, mesh)
+    memory = compiled.memory_analysis()
+    analysis = compiled.cost_analysis() or {}
+    return {
+        "jax": jax.__version__,
+        "device_kind": devices[0].device_kind,
+        "mesh": dict(mesh.shape),
+        "examples": EXAMPLES[step.net],
+        "collectives": {
+            axis: dict(Counter(c.kind for c in found if c.axes == (axis,))) for axis in mesh.shape
+        },
+        "compiled_bytes": sum(c.nbytes for c in found),
+        "computed_bytes": sum(row.computed_nbytes for row in report.rows),
+        "other_axes": sorted({c.axes for c in found if len(c.axes) > 1}),
+        "notes": list(report.notes),
+        "argument_bytes": memory.argument_size_in_bytes if memory else None,
+        "temporary_bytes": memory.temp_size_in_bytes if memory else None,
+        "flops": analysis.get("flops"),
+    }
+
+
+def alexnet(step: Step, devices: Sequence[Any]) -> tuple[Any, Any, Mesh]:
+    """The paper's net, its two towers on two devices."""
+    config = AlexNetConfig.paper(towers=2)
+    group = min(2, step.devices)
+    mesh = make_mesh(step.devices // group, group, devices)
     trainer = Trainer(
-        tower_net(config, mesh, None),
-        PAPER_RECIPE,
-        Preprocessing(np.ones(3, np.float32), np.ones(3, np.float32), np.eye(3, dtype=np.float32)),
+        tower_net(config, mesh, None, step.dtype),
+        dataclasses.replace(PAPER_RECIPE, dtype=step.dtype),
+        Preprocessing.neutral(3),
         image_size=config.image_size,
         steps=1,
         steps_per_epoch=1,
         flip=True,
         seed=0,
+        placement=step.placement,
     )
-    batch = examples * mesh.shape[DATA]
-    lowered = trainer.lower(batch, IMAGE_SHAPE)
-    compiled = lowered.compile()
-    state = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        lowered.args_info[0][0],
-        compiled.input_shardings[0][0],
+    batch = EXAMPLES["alexnet"] * mesh.shape[DATA]
+    compiled = trainer.lower(batch, IMAGE_SHAPE).compile()
+    report = training_report(
+        trainer,
+        config,
+        trainer.abstract_state,
+        batch,
+        IMAGE_SHAPE,
+        dtype=step.dtype,
+        compiled=compiled,
     )
-    report = training_report(trainer, config, state, batch, IMAGE_SHAPE)
-    return Compiled(config.towers, mesh, collectives(compiled, mesh), report)
+    return compiled, report, mesh
 
 
-def page(lines: Sequence[Compiled], options: Options) -> str:
-    """The Markdown file."""
+def others(step: Step, devices: Sequence[Any]) -> tuple[Any, Any, Mesh]:
+    """A net whose examples are divided among all devices."""
+    mesh = Mesh(np.array(devices), (DATA,), axis_types=(AxisType.Auto,))
+    examples = EXAMPLES[step.net]
+    compiled = data_parallel.lower_step(
+        step.net, step.dtype, mesh, step.placement, examples
+    ).compile()
+    needed = data_parallel.exchanges(step.net, step.dtype, step.devices)
+    return compiled, placement_report(compiled, mesh, exchanges=needed), mesh
+
+
+# The page.
+
+
+def page(rows: Sequence[dict[str, Any]]) -> str:
+    """Returns the Markdown file."""
+    versions = ", ".join(sorted({row["jax"] for row in rows}))
+    parts = [TEXT.format(versions=versions)]
+    for net, title in TITLES.items():
+        if of_net := [row for row in rows if row["net"] == net]:
+            parts.append(f"## {title}\n\n{NETS[net]}\n\n{table(of_net)}\n")
+    return "\n".join(parts)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Returns the table of one net."""
     heading = (
-        "devices",
-        "data x group",
-        "towers",
-        "over `group`",
-        "bytes",
-        "over `data`",
-        "bytes",
-        "parameters",
-        "optimizer",
-        "temporaries",
+        *("TPU", "dtype", "placement", "data", "group", "collectives"),
+        *("bytes computed", "bytes compiled", "arguments", "temporaries", "GFLOP", "of one device"),
     )
-    table = [heading, ("--:",) * 3 + ("---", "--:") * 2 + ("--:",) * 3]
-    for line in lines:
-        memory = {m.name: f"{m.nbytes:,}" for m in line.report.memory}
-        table.append(
+    lines = [heading, ("---",) * 3 + ("--:",) * 2 + ("---",) + ("--:",) * 6]
+    for row in rows:
+        lines.append(
             (
-                str(line.mesh.size),
-                f"{line.mesh.shape[DATA]} x {line.mesh.shape[GROUP]}",
-                str(line.towers),
-                line.counts(GROUP),
-                f"{line.moved(GROUP):,}",
-                line.counts(DATA),
-                f"{line.moved(DATA):,}",
-                *memory.values(),
+                row["topology"] if row["devices"] > 1 else f"one {row['device_kind']}",
+                row["dtype"],
+                row["placement"],
+                str(row["mesh"].get(DATA, 1)),
+                str(row["mesh"].get(GROUP, 1)),
+                counted(row["collectives"]),
+                f"{row['computed_bytes']:,}",
+                f"{row['compiled_bytes']:,}",
+                f"{row['argument_bytes']:,}",
+                f"{row['temporary_bytes']:,}",
+                f"{row['flops'] / 1e9:,.1f}",
+                share(row, rows),
             )
         )
-    rows = "\n".join("| " + " | ".join(row) + " |" for row in table)
-    notes = [
-        f"- {line.mesh.shape[DATA]} x {line.mesh.shape[GROUP]}: {note}"
-        for line in lines
-        for note in line.report.notes
-    ]
-    found = "\n".join(notes) or "each moves, layer by layer, what was computed, and nothing else."
-    return TEXT.format(
-        command="python examples/placement_at_scale.py"
-        + ("" if options.examples == Options.examples else f" --examples {options.examples}"),
-        examples=options.examples,
-        version=jax.__version__,
-        rows=rows,
-        found=found,
-        **growth(lines),
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def counted(of_axes: dict[str, dict[str, int]]) -> str:
+    """Returns how many collectives of each kind run over each axis."""
+    return (
+        "; ".join(
+            f"{axis}: " + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+            for axis, kinds in of_axes.items()
+            if kinds
+        )
+        or "none"
     )
 
 
-def growth(lines: Sequence[Compiled]) -> dict[str, str]:
-    """The smallest and the largest mesh of two towers with several devices on both axes."""
-    small, *_, large = [
-        line
-        for line in lines
-        if line.towers == line.mesh.shape[GROUP] == 2 and line.mesh.shape[DATA] > 1
-    ]
-    return {
-        "small": f"{small.mesh.size} devices",
-        "large": f"{large.mesh.size}",
-        "group": f"from {small.moved(GROUP):,} to {large.moved(GROUP):,}",
-        "data": f"from {small.moved(DATA):,} to {large.moved(DATA):,}",
-    }
+def share(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+    """Returns the FLOPs of a device in shares of a device that has as many examples to itself."""
+    for other in rows:
+        same = all(row[name] == other[name] for name in ("dtype", "device_kind"))
+        if same and other["devices"] == 1:
+            return f"{row['flops'] / other['flops']:.2f}"
+    return ""
 
+
+NETS: dict[NetName, str] = {
+    "alexnet": (
+        "The paper's 224-pixel net, 128 images on each device of the axis `data`, its towers on the "
+        "axis `group`: with two devices each has half of the work. Under `shard_map` gradients are "
+        "summed in float32, under `jit` in the dtype of the computation; there XLA also gathers "
+        "the input of conv3 and of fc7 a second time for the backward pass."
+    ),
+    "resnext50": (
+        "32 images on each device, 224 pixels. Under `jit` the statistics of batch normalisation "
+        "are those of the whole batch: they are the sums beyond the gradients. Under `shard_map` "
+        "each device has its own, and their running averages are averaged."
+    ),
+    "mobilenet": "32 images on each device, 224 pixels; batch normalisation as in ResNeXt-50.",
+    "convnext_tiny": "32 images on each device, 224 pixels.",
+}
 
 TEXT = """\
-# The placement at scale, on paper
+# Placement at scale
 
-The training step of the paper's 224-pixel AlexNet, {examples} examples on each device, compiled
-ahead of time for CPU devices that are not there (jax {version}); nothing was run. Made by
+What one device of a TPU exchanges, holds and computes in a training step, from 4 chips to 256. The
+programs were compiled ahead of time with XLA:TPU on a CPU (jax {versions}), and nothing was run.
+They are whole steps: forward, backward, and the update by SGD with momentum. Made by
 
 ```sh
-{command}
+python examples/placement_at_scale.py
 ```
 
-The mesh is `data` x `group`: examples are spread over the one, towers over the other. All figures
-are for one device and one step. Bytes of a collective are those of what goes in or of what comes
-out, whichever is more; held are the parameters, the optimizer's state (momentum), and what XLA
-needs at one time beside arguments and results (activations, gradients).
-
-{rows}
-
-With {small}, then with more up to {large}, the bytes that a device exchanges
-
-- over `group` go {group}: the towers' features and their gradients;
-- over `data` go {data}: the gradients of what it holds, the loss and the accuracy.
-
-Computed from the figures of the layers, against what was compiled, for each mesh above:
-{found}
+which compiles for any other topology too. Bytes are those that go into or come out of a device in
+the collectives, whichever is more: "computed" is what must be exchanged, from the figures of the
+layers alone, and "compiled" is what the program exchanges. Arguments are the parameters, the
+momentum and the batch; temporaries are activations and gradients. FLOPs are XLA's own count; "of
+one device" compares them with those of one device that has the same number of images to itself.
 """
 
 

@@ -5,6 +5,7 @@ the forms that XLA has given it over the supported versions of JAX. It knows of 
 of convolutions or nets.
 """
 
+import bisect
 import itertools
 import math
 import re
@@ -27,6 +28,10 @@ _INSTRUCTION = re.compile(
     r"(?P<attributes>.*)$",
     re.MULTILINE,
 )
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$", re.MULTILINE)
+
+_CHAIN = re.compile(r'\bchain_id="?\w+')
 
 _LISTED = r"\{(?:\{[\d, ]*\}(?:, ?)?)*\}"
 _IOTA = r"\[(?P<shape>[\d,]+)\]<=\[(?P<base>[\d,]+)\](?:T\((?P<order>[\d,]+)\))?"
@@ -106,13 +111,26 @@ def _collectives(text: str, mesh: Mesh | AbstractMesh) -> Iterator[Collective]:
         raise ValueError(
             f"the program runs on {replicas * partitions} devices, the mesh has {mesh.size}"
         )
+    headers = list(_COMPUTATION.finditer(text))
+    starts = [header.start() for header in headers]
+    chains = set()
     for match in _INSTRUCTION.finditer(text):
         kind, attributes = match["kind"], match["attributes"]
+        if chain := _CHAIN.search(attributes):
+            # XLA:TPU spreads one collective over many fusions, which overlap it with computation.
+            if chain[0] in chains:
+                continue
+            chains.add(chain[0])
+        before = bisect.bisect(starts, match.start())
+        if kind == "all-reduce" and before:
+            # XLA:TPU has a fusion for an all-reduce of which each device keeps a part.
+            is_scattered = headers[before - 1]["name"].startswith("all-reduce-scatter")
+            kind = "reduce-scatter" if is_scattered else kind
         groups = _groups(kind, attributes, replicas, partitions)
         groups = [group for group in groups if len(set(group)) > 1]
         if groups:
             devices = max(map(len, groups))
-            sizes = _sizes(match["type"], kind, bool(match["start"]), devices)
+            sizes = _sizes(match["type"], match["kind"], bool(match["start"]), devices)
             found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', attributes)
             name = found[1] if found else ""
             names = _combined_names(name)

@@ -42,11 +42,10 @@ def choose(contraction: Contraction, spec: ConvSpec, platform: str, is_export: b
     no TPU was at hand to measure on. Another implementation than lax's is chosen only where the
     estimate is at least 1.5 times lower:
 
-    - groups of 2 to 8 features: `"einsum"`, a batched matrix product for each tap;
     - the input's gradient, and the output without strides, of up to eight groups of at least 32
       features, unless the features of a group in the result are a multiple of the 128 lanes of a
       register: `"dense"`;
-    - the kernel's gradient of other groups: `"lax"`;
+    - the kernel's gradient of more than one group: `"lax"`;
     - all others: `"xla"`.
 
     Elsewhere, where nothing has been measured, lax's own: `"lax"` for the kernel's gradient,
@@ -85,8 +84,6 @@ def _preferred(contraction: Contraction, spec: ConvSpec, platform: str) -> str:
 
 def _preferred_on_tpu(contraction: Contraction, spec: ConvSpec) -> str:
     inputs, outputs = spec.group_width
-    if xla_partition.is_narrow(spec):
-        return "einsum"
     if contraction == "wgrad":
         return "lax"
     made = outputs if contraction == "fprop" else inputs

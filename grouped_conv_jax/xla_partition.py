@@ -27,13 +27,6 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from grouped_conv_jax.algorithms import einsum
 from grouped_conv_jax.spec import RESULT, Contraction, ConvSpec, Role
 
-NARROW = 8
-"""Up to so many features of a group a product for each tap beats a grouped convolution on a TPU.
-
-XLA:TPU's own estimates for ResNeXt's groups of 4 and 8 features are 2.4 to 10 times lower for the
-kernel gradient. At 16 features they are higher.
-"""
-
 
 def choose(contraction: Contraction, spec: ConvSpec, mesh_axes: int) -> str:
     """Returns the implementation for a contraction that XLA divides.
@@ -45,7 +38,7 @@ def choose(contraction: Contraction, spec: ConvSpec, mesh_axes: int) -> str:
     """
     if spec.is_symbolic or spec.feature_group_count == 1:
         return "xla"
-    if is_narrow(spec) or _is_matrix_product(contraction, spec):
+    if _is_matrix_product(contraction, spec):
         preferred = "einsum"
     elif contraction != "wgrad":
         preferred = "xla"
@@ -70,11 +63,6 @@ def miscomputed(name: str, contraction: Contraction, spec: ConvSpec, mesh_axes: 
     if contraction == "wgrad" and name != "lax" and _looks_depthwise(spec):
         return "XLA's partitioner miscomputes the feature groups of this kernel gradient"
     return None
-
-
-def is_narrow(spec: ConvSpec) -> bool:
-    """Returns whether groups have few features, and more than one input or output."""
-    return 1 < min(spec.group_width) <= NARROW
 
 
 def _looks_depthwise(spec: ConvSpec) -> bool:

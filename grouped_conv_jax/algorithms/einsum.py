@@ -4,9 +4,8 @@ For each tap the operand is sliced where the tap reads it, and the slices are mu
 weights of that tap. The output and the input gradient are sums of those products over the taps; in
 the kernel gradient each product is the gradient of one tap.
 
-XLA:TPU computes the matrix products of narrow groups in less time than the grouped convolution
-that they replace, and XLA's partitioner divides matrix products correctly where it miscomputes
-convolutions (see `xla_partition`). On a CPU, products with a batch dimension are slow.
+XLA's partitioner divides these correctly where it miscomputes convolutions (see `xla_partition`).
+On one device they are seldom the fastest, so that this is not chosen there unasked.
 """
 
 import itertools
