@@ -72,7 +72,7 @@ def lower_step(
 
 
 def exchanges(name: ModelName, dtype: str, devices: int) -> list[Exchange]:
-    """Returns what must be exchanged: the gradients, in the dtype of the computation, and a loss."""
+    """Returns what must be exchanged: a loss, and the gradients in the computation's dtype."""
     if devices == 1:
         return []
     numbers = parameter_count(name)

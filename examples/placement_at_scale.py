@@ -268,9 +268,9 @@ def share(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
 
 NETS: dict[NetName, str] = {
     "alexnet": (
-        "The paper's 224-pixel net, 128 images on each device of the axis `data`, its towers on the "
-        "axis `group`: with two devices each has half of the work. Under `shard_map` gradients are "
-        "summed in float32, under `jit` in the dtype of the computation; there XLA also gathers "
+        "The paper's 224-pixel net, 128 images on each device of the axis `data`, its towers on "
+        "the axis `group`: with two devices each has half of the work. Under `shard_map` gradients "
+        "are summed in float32, under `jit` in the dtype of the computation; there XLA gathers "
         "the input of conv3 and of fc7 a second time for the backward pass."
     ),
     "resnext50": (

@@ -46,6 +46,8 @@ def test_the_code_of_a_page_runs_in_order(page, tmp_path, monkeypatch):
     # The page names an instruction set, and setting one that is missing is an error.
     if page == "native.md" and "avx2" not in native.instruction_sets():
         pytest.skip("it uses instructions that this processor, or this build, has not")
+    if page == "tpu.md":
+        pytest.importorskip("libtpu", reason="it compiles for a TPU, which needs libtpu")
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     try:

@@ -1,12 +1,15 @@
 """Meshes with Explicit axes, where the sharding is a part of the type."""
 
 import functools
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import oracle
 import pytest
 from cases import Case, any_implementation, random
+from jax.experimental import serialize_executable
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_sharding import (
@@ -240,3 +243,68 @@ def test_a_sharding_without_a_mesh_is_refused_as_in_lax():
     for conv in (CASE.conv, CASE.lax_conv):
         with pytest.raises(ValueError, match="mesh"):
             conv(out_sharding=P("data"))(x, w)
+
+
+# The program has no callback, so that it can be kept, sent and compiled anywhere.
+
+
+def gradients(x, w):
+    return jax.grad(lambda x, w: wave(CASE.conv())(x, w), (0, 1))(x, w)
+
+
+@pytest.mark.usefixtures("explicit")
+def test_the_program_has_no_callback():
+    x, w, _ = place((BATCHED, KERNEL, BATCHED))
+    lowered = jax.jit(gradients).lower(x, w)
+    assert "CustomSPMDPartitioning" not in lowered.as_text()
+    assert "manual_computation" in lowered.as_text()
+
+
+@pytest.mark.usefixtures("explicit")
+def test_a_compiled_program_can_be_serialized():
+    x, w, _ = place((BATCHED, KERNEL, BATCHED))
+    compiled = jax.jit(gradients).lower(x, w).compile()
+    loaded = serialize_executable.deserialize_and_load(*serialize_executable.serialize(compiled))
+    for a, b in zip(loaded(x, w), compiled(x, w), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.usefixtures("explicit")
+def test_an_exported_program_is_local():
+    x, w, _ = place((BATCHED, KERNEL, BATCHED))
+    exported = jax.export.export(jax.jit(gradients))(x, w)
+    loaded = jax.export.deserialize(exported.serialize())
+    assert loaded.nr_devices == 8
+    program = jax.jit(loaded.call)
+    for a, b in zip(program(x, w), jax.jit(gradients)(x, w), strict=True):
+        np.testing.assert_allclose(a, b, 1e-5, 1e-5)
+    found = collectives(program.lower(x, w).compile(), jax.sharding.get_mesh())
+    assert {c.kind for c in found} == {"all-reduce"}
+
+
+CACHED = """
+import sys
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+from grouped_conv_jax import grouped_conv
+found = []
+jax.monitoring.register_event_listener(lambda name, **_: found.append(name))
+with jax.set_mesh(jax.make_mesh((2,), ("data",))):
+    x = jax.device_put(jax.numpy.ones((4, 4, 8)), jax.P("data"))
+    conv = lambda x, w: grouped_conv(x, w, (1,), "SAME", feature_group_count=2)
+    jax.jit(conv)(x, jax.numpy.ones((4, 2, 3))).block_until_ready()
+print(found.count("/jax/compilation_cache/cache_misses"))
+"""
+
+
+def test_another_process_finds_the_program_in_the_compilation_cache(tmp_path):
+    def misses() -> int:
+        command = [sys.executable, "-c", CACHED, str(tmp_path)]
+        ended = subprocess.run(command, capture_output=True, text=True, check=True)
+        return int(ended.stdout)
+
+    assert misses() > 0
+    assert misses() == 0

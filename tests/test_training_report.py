@@ -1,7 +1,6 @@
 """What the report says of the training step, in each placement and as devices grow."""
 
 import numpy as np
-import placement_at_scale
 import pytest
 from test_alexnet import TINY
 
@@ -76,15 +75,3 @@ def test_memory_against_one_device():
     for m in found.memory:
         assert m.alone is not None
         assert 0.4 * m.alone < m.nbytes < 0.7 * m.alone
-
-
-@pytest.mark.slow
-def test_what_is_exchanged_does_not_grow_with_the_examples_devices():
-    lines = [placement_at_scale.compile_step(TINY, make_mesh(data, 2), EXAMPLES) for data in (2, 4)]
-    for axis in (DATA, GROUP):
-        small, large = (line.moved(axis) for line in lines)
-        assert small == large > 0
-    assert lines[0].counts(GROUP) == "3 all-gather, 1 all-reduce, 3 reduce-scatter"
-    page = placement_at_scale.page(lines, placement_at_scale.Options(examples=EXAMPLES))
-    assert "| 8 | 4 x 2 | 2 | 3 all-gather, 1 all-reduce, 3 reduce-scatter |" in page
-    assert "each moves, layer by layer, what was computed, and nothing else." in page
