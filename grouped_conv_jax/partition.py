@@ -34,7 +34,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
-from grouped_conv_jax.explicit import axes_of_dimensions, has_explicit_axes, mesh_of
+from grouped_conv_jax.explicit import axes_of_dimensions, has_explicit_axes
 from grouped_conv_jax.plan import Dimensions, Plan, choose
 from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec, Role
 from grouped_conv_jax.version import __version__
@@ -109,13 +109,16 @@ def divided(
     devices = getattr(axes, "device_assignment", None)
     if devices is None or len(devices) == 1 or spec.is_empty:
         return whole
-    mesh = mesh_of(*types)
-    if _is_explicit(mesh) and not spec.is_symbolic:
-        return _in_shard_map(compute, contraction, spec, mesh, types, note)
+    meshes = (x.sharding.mesh for x in types if not x.sharding.mesh.empty)
+    typed = next(meshes, None)
+    if typed is not None and _is_explicit(typed) and not spec.is_symbolic:
+        return _in_shard_map(compute, contraction, spec, typed, types, note)
     # Where the shardings do not tell of a mesh, the devices are all on one axis.
     sizes = dict(axes.abstract_mesh.shape) if axes.abstract_mesh is not None else {}
     sizes = sizes or {"devices": len(devices)}
     mesh = Mesh(np.array(devices).reshape(list(sizes.values())), tuple(sizes))
+    if spec.is_symbolic:  # As only exported programs are; nothing can be chosen for XLA to divide.
+        return _on_each_device(whole, mesh)
     is_export = context.module_context.lowering_parameters.for_export
     if is_export or platform not in WITH_CUSTOM_PARTITIONING:
 

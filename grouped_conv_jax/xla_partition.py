@@ -36,7 +36,7 @@ def choose(contraction: Contraction, spec: ConvSpec, mesh_axes: int) -> str:
       spec: the whole convolution, without mapped axes.
       mesh_axes: how many axes of the mesh have more than one device.
     """
-    if spec.is_symbolic or spec.feature_group_count == 1:
+    if spec.feature_group_count == 1:
         return "xla"
     if _is_matrix_product(contraction, spec):
         preferred = "einsum"
@@ -52,7 +52,7 @@ def choose(contraction: Contraction, spec: ConvSpec, mesh_axes: int) -> str:
 
 def miscomputed(name: str, contraction: Contraction, spec: ConvSpec, mesh_axes: int) -> str | None:
     """Returns why XLA would miscompute an implementation that was asked for, or None."""
-    if spec.is_symbolic or spec.feature_group_count == 1:
+    if spec.feature_group_count == 1:
         return None
     if name not in ("xla", "lax", "vmap", "packed"):  # The others have no grouped convolutions.
         return None

@@ -56,7 +56,7 @@ OTHERS: dict[str, Any] = {
 }
 """A value of every setting of a run that is not the default."""
 
-OF_THIS_START = ("run_dir", "resume", "eval_only", "profile_input")
+OF_THIS_START = ("run_dir", "resume", "eval_only", "profile_input", "compile_only")
 OF_THIS_PROCESS = ("distributed", "coordinator", "num_processes", "process_id")
 
 
@@ -111,6 +111,7 @@ def test_what_belongs_to_a_start_is_not_saved(tmp_path):
     path = tmp_path / "config.json"
     process = {"coordinator": "host:1", "num_processes": 2, "process_id": 1, "distributed": True}
     start = {"run_dir": tmp_path, "resume": True, "eval_only": True, "profile_input": True}
+    start["compile_only"] = "v5e:2x2"
     config_of(**OTHERS, **process, **start).save(path)
     assert TrainConfig.load(path)[0] == config_of(**OTHERS)
 
@@ -272,6 +273,14 @@ PROCESSES = {"coordinator": "host:1234", "num_processes": 2, "process_id": 0}
         ({"profile_steps": (3, 2)}, r"--profile-steps must be FIRST <= LAST, from 1 on, got \(3"),
         ({"profile_steps": (0, 2)}, r"--profile-steps must be FIRST <= LAST, from 1 on, got \(0"),
         ({"eval_only": True}, "--eval-only needs --resume or --weights"),
+        (
+            {"compile_only": "v5e:2x2", "distributed": True},
+            "--compile-only runs in one process",
+        ),
+        (
+            {"compile_only": "v5e:2x2", "placement": "pmap"},
+            "--compile-only knows --placement shard_map and jit, not pmap",
+        ),
         ({"coordinator": "host:1234"}, "--coordinator, --num-processes and --process-id go"),
         (PROCESSES | {"coordinator": "host"}, "--coordinator must be HOST:PORT, got host"),
         (PROCESSES | {"coordinator": "host:99999"}, "--coordinator must be HOST:PORT"),

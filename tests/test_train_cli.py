@@ -66,6 +66,27 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", ["shard_map", "jit"])
+def test_a_step_is_compiled_for_a_tpu_that_is_not_there(tmp_path, cache, placement):
+    pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu")
+    options = ("--compile-only", "v5e:2x2", "--placement", placement)
+    shown = run_well(tmp_path, cache, *options)
+    assert "compiled for 4 of the 4 devices of v5e:2x2 (TPU v5 lite); nothing was run." in shown
+    assert "on a mesh of data 2 x group 2" in shown
+    assert "FLOPs of each device, as XLA counts them: " in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_topology_is_one_sentence(tmp_path, cache):
+    pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu")
+    result = run(tmp_path, cache, "--compile-only", "v9:2x2")
+    assert result.returncode == 2
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert "there is no TPU topology 'v9:2x2'" in line
+    assert "v5e:4x4" in line
+
+
 def test_help_explains_every_option(tmp_path, cache):
     shown = run_well(tmp_path, cache, "--help")
     for part in (TrainConfig, *PARTS.values()):
