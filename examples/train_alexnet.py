@@ -161,7 +161,10 @@ def compile_only(config: TrainConfig, topology: str) -> None:
     channels = dataset.channels
     # The statistics of the images are constants of the program: their values do not matter.
     trainer = new_trainer(config, dataset, net, mesh, Preprocessing.neutral(channels))
-    compiled = trainer.lower(config.recipe.batch_size, dataset.train.shape).compile()
+    try:
+        compiled = trainer.lower(config.recipe.batch_size, dataset.train.shape).compile()
+    except NotImplementedError as error:
+        raise UsageError(f"--implementation: {error}") from error
     report = training_report(
         trainer,
         net,

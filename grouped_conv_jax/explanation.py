@@ -220,6 +220,7 @@ def _crossed(sizes: Sequence[int]) -> str:
 def _paragraph(rows: Sequence[Row]) -> str:
     row = rows[0]
     often = "once" if row.times == 1 else f"{row.times} times"
+    whole = " in all, which XLA divides among the devices"
     size = f"{_prefixed(row.flops)}FLOP, {_prefixed(row.nbytes)}B"
     table = [["", "implementation", "expected ms", "measured ms", ""]]
     for row in rows:
@@ -234,10 +235,12 @@ def _paragraph(rows: Sequence[Row]) -> str:
         )
     if all(row.measured_seconds is None for row in rows):
         table = [line[:3] + line[4:] for line in table]
+    if all(row.expected_seconds is None for row in rows):
+        table = [line[:2] + line[3:] for line in table]
     return "\n".join(
         [
             f"{row.contraction}: {row.description}",
-            f"{often} on {row.device}{', divided by XLA' * row.divided_by_xla}, {size}",
+            f"{often} on {row.device}, {size}{whole * row.divided_by_xla}",
             *aligned(table, numbers=("expected ms", "measured ms")),
         ]
     )
@@ -247,7 +250,7 @@ def _note(row: Row) -> str:
     notes = ["asked for"] if row.is_asked_for else []
     if row.reason is not None:
         notes.append(f"not supported: {row.reason}")
-    elif not row.runs_unasked and not row.is_asked_for:
+    elif not row.runs_unasked and not row.is_asked_for and not row.is_chosen:
         notes.append("only if asked for")
     return ", ".join(notes)
 

@@ -62,7 +62,8 @@ def tune(function: Callable, *args: Any, repeats: int = 10, **kwargs: Any) -> Tu
       TypeError: `function` is not callable.
 
     Warns:
-      UserWarning: an implementation fails on what it is said to support. It is not used there.
+      UserWarning: an implementation fails on what it is said to support, and is not used there. Or
+        contractions are left out since XLA divides them.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -82,20 +83,28 @@ def tune(function: Callable, *args: Any, repeats: int = 10, **kwargs: Any) -> Tu
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
     measured: dict[tuple[DeviceKind, Contraction, ConvSpec], Measurement] = {}
+    divided_by_xla = 0
     for o in occurrences(function, args, kwargs):
         key = o.device, o.contraction, o.spec
-        if o.implementation is None and o.xla_divides is None and key not in measured:
+        if o.xla_divides is not None:
+            divided_by_xla += 1
+            _check_is_here(o.device)
+        elif o.implementation is None and key not in measured:
             measured[key] = _measure(*key, repeats)
+    if divided_by_xla:
+        warnings.warn(
+            f"{divided_by_xla} contractions are not measured: XLA divides them over Auto mesh axes "
+            "by itself, and what one device computes is not known; make the axes Explicit, or use "
+            "jax.shard_map",
+            stacklevel=2,
+        )
     return Tuning(tuple(measured.values()))
 
 
 def _measure(
     kind: DeviceKind, contraction: Contraction, spec: ConvSpec, repeats: int
 ) -> Measurement:
-    try:
-        platform, device = kind.platform, kind.device()
-    except RuntimeError as missing:
-        raise RuntimeError(f"tune runs what it measures, and {missing}") from None
+    platform, device = kind.platform, _check_is_here(kind)
     subject = Subject(kind, contraction, spec_key(spec))
     first = selection.choose(contraction, spec, platform)
     names = _different(contraction, spec, platform)
@@ -115,6 +124,18 @@ def _measure(
                 runs[name] = run
         seconds.update(_medians(runs, seconds, repeats))
     return Measurement.of(subject, seconds)
+
+
+def _check_is_here(kind: DeviceKind) -> Any:
+    """Returns a device of a kind.
+
+    Raises:
+      RuntimeError: this process has none.
+    """
+    try:
+        return kind.device()
+    except RuntimeError as missing:
+        raise RuntimeError(f"tune runs what it measures, and {missing}") from None
 
 
 def _different(contraction: Contraction, spec: ConvSpec, platform: str) -> list[str]:

@@ -180,8 +180,9 @@ def _in_shard_map(
             check_vma=False,
         )
         values = zip(roles, (first, second), strict=False)
-        out = function(*(_filled_up(x, plan, role) for role, x in values))
-        return lax.slice(out, (0,) * out.ndim, spec.shape(roles[2]))
+        with jax.named_scope(f"grouped_conv.{contraction}"):
+            out = function(*(_filled_up(x, plan, role) for role, x in values))
+            return lax.slice(out, (0,) * out.ndim, spec.shape(roles[2]))
 
     return computation
 

@@ -140,7 +140,7 @@ class PlacementReport:
         for row in [*self.rows, *_totals(self.rows)]:
             table.append(
                 [
-                    row.layer,
+                    _shortened(row.layer),
                     row.contraction,
                     ", ".join(row.axes),
                     " + ".join(row.computed_kinds),
@@ -230,7 +230,7 @@ def _rows(
     for c in collectives(compiled, mesh):
         for op_name, nbytes in c.parts:
             layer = _layer(op_name, layers)
-            direction = "backward" if "transpose(" in op_name else "forward"
+            direction = "backward" if "transpose(" in op_name else "forward" if op_name else ""
             found[layer, direction, c.axes].append((c.kind, nbytes))
     _claim(needed, found)
     _pool(needed, found)
@@ -312,6 +312,12 @@ def _excess(key: _Key, needed: dict[_Key, list], found: dict[_Key, list]) -> int
     """Returns how many bytes more a place moves than it needs to."""
     moved = sum(nbytes for _, nbytes in found[key])
     return moved - sum(nbytes for _, nbytes, *_ in needed.get(key, ()))
+
+
+def _shortened(layers: str) -> str:
+    """Returns the names of many layers in a few words: "conv1 ... fc8, loss"."""
+    names = layers.split(", ")
+    return layers if len(names) <= 3 else f"{names[0]} ... {', '.join(names[-2:])}"
 
 
 def _layer(op_name: str, layers: Sequence[str]) -> str:

@@ -31,19 +31,26 @@ def make_mesh(data: int, group: int, devices: Sequence[Any] | None = None) -> Me
     """A mesh of `data` x `group` devices with axes ("data", "group"): the first that there are.
 
     Raises:
-      ValueError: there are fewer devices.
+      ValueError: there are fewer devices, or the first ones of a TPU form no such mesh.
     """
     devices = jax.devices() if devices is None else devices
     if data < 1 or group < 1:
         raise ValueError(f"a mesh has at least one device on each axis, got {data} x {group}")
     if data * group > len(devices):
+        hint = "; a CPU can be several, if jax_num_cpu_devices is set before the first use of JAX"
         raise ValueError(
-            f"a mesh of {data} x {group} needs {data * group} devices, there are {len(devices)}; "
-            "a CPU can be several, if jax_num_cpu_devices is set before the first use of JAX"
+            f"a mesh of {data} x {group} needs {data * group} devices, there are {len(devices)}"
+            + hint * (devices[0].platform == "cpu")
         )
-    return jax.make_mesh(
-        (data, group), (DATA, GROUP), (AxisType.Auto,) * 2, devices=devices[: data * group]
-    )
+    try:
+        return jax.make_mesh(
+            (data, group), (DATA, GROUP), (AxisType.Auto,) * 2, devices=devices[: data * group]
+        )
+    except AssertionError as error:  # Of JAX, which looks for boxes of a TPU's chips.
+        raise ValueError(
+            f"the first {data * group} of {len(devices)} devices form no mesh of {data} x {group}; "
+            "use all of them, or as many as form a box of chips"
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -110,7 +110,8 @@ class Devices:
 
     compile_only: Annotated[str | None, tyro.conf.arg(metavar="TOPOLOGY")] = None
     """Compile a training step for a TPU that is not there, such as v5e:4x4, report it, and stop.
-    Nothing is trained. Needs libtpu, which pip install "jax[tpu]" brings."""
+    --mesh divides the topology's devices, by default all; --placement is shard_map or jit.
+    The images are read for their shape only. Needs libtpu, which pip install "jax[tpu]" brings."""
 
     distributed: bool = False
     """One of several processes, which the cluster names: SLURM, Open MPI, Kubernetes, Cloud TPU."""

@@ -37,11 +37,15 @@ def topology_devices(name: str) -> list[Any]:
     except ImportError:
         raise RuntimeError('compiling for a TPU needs libtpu: pip install "jax[tpu]"') from None
     if not name:  # Which libtpu takes for one of its own choice.
-        raise ValueError(f"a TPU topology has a name like {', '.join(EXAMPLES)}, got {name!r}")
+        raise ValueError(
+            f"a TPU topology has a name GENERATION:CHIPS, like {', '.join(EXAMPLES)}, got {name!r}"
+        )
     try:
         return list(topologies.get_topology_desc(name, "tpu").devices)
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0].partition(": ")[2]
+        why = "" if "regex" in reason else f" ({reason})"
         raise ValueError(
-            f"there is no TPU topology {name!r} ({reason}); names are like {', '.join(EXAMPLES)}"
+            f"there is no TPU topology {name!r}{why}; names are GENERATION:CHIPS, like "
+            f"{', '.join(EXAMPLES)}"
         ) from None
