@@ -260,7 +260,7 @@ def counted(of_axes: dict[str, dict[str, int]]) -> str:
 def share(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     """Returns the FLOPs of a device in shares of a device that has as many examples to itself."""
     for other in rows:
-        same = all(row[name] == other[name] for name in ("dtype", "device_kind"))
+        same = all(row[name] == other[name] for name in ("net", "dtype", "device_kind"))
         if same and other["devices"] == 1:
             return f"{row['flops'] / other['flops']:.2f}"
     return ""

@@ -100,6 +100,8 @@ def canonical(out_sharding: Any, shape: Sequence[Any], mesh: AbstractMesh) -> Na
         raise ValueError(
             f"out_sharding={spec} is for {len(spec)} dimensions, but the result has {len(shape)}"
         )
+    if spec.unreduced or spec.reduced:
+        raise ValueError(f"out_sharding must not have unreduced or reduced mesh axes, got {spec}")
     with jax.sharding.use_abstract_mesh(mesh):
         return jax.eval_shape(
             lambda: lax.broadcasted_iota(np.int32, shape, 0, out_sharding=out_sharding)

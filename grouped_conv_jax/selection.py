@@ -42,7 +42,7 @@ def choose(contraction: Contraction, spec: ConvSpec, platform: str, is_export: b
     no TPU was at hand to measure on. Another implementation than lax's is chosen only where the
     estimate is at least 1.5 times lower:
 
-    - the input's gradient, and the output without strides, of up to eight groups of at least 32
+    - the input's gradient, and the output without strides, of up to eight groups of at least 24
       features, unless the features of a group in the result are a multiple of the 128 lanes of a
       register: `"dense"`;
     - the kernel's gradient of more than one group: `"lax"`;
@@ -86,9 +86,9 @@ def _preferred_on_tpu(contraction: Contraction, spec: ConvSpec) -> str:
     inputs, outputs = spec.group_width
     if contraction == "wgrad":
         return "lax"
-    made = outputs if contraction == "fprop" else inputs
+    result_width = outputs if contraction == "fprop" else inputs
     has_strides = contraction == "fprop" and max(spec.window_strides, default=1) > 1
-    is_wide = min(inputs, outputs) >= 32 and made % TPU_LANES != 0
+    is_wide = min(inputs, outputs) >= 24 and result_width % TPU_LANES != 0
     few = spec.feature_group_count <= dense.UNROLLED
     return "dense" if few and is_wide and not has_strides else "xla"
 

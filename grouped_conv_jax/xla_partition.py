@@ -7,14 +7,18 @@ XLA divides the program that is lowered. Its partitioner has faults. With JAX 0.
 - On a mesh with several axes, a sum over devices often runs over axes that it should not, so that
   the result is multiplied by their size. This happens where rows or columns are sharded, and for
   kernel gradients with batch groups.
+- Where rows are sharded and a device needs some from beyond its neighbours, results are wrong, or
+  the compiler ends the process, on any mesh.
 - A grouped convolution that is a matrix product in disguise (one tap, or one output position) is
-  refused or computed with the wrong groups.
+  refused or computed with the wrong groups. One whose kernel is larger than the image can end the
+  process.
 - A kernel gradient with feature groups is wrong for a batch of one, and for depthwise convolutions.
 
 This module keeps XLA away from them. `constrain` closes dimensions that XLA must not shard: a
-closed dimension is gathered if the caller shards it. `choose` picks the implementation that XLA
-divides without a needless collective. Both rules were found by compiling random shardings for CPU
-devices, where values can be compared, and by reading the collectives of programs compiled for TPUs.
+closed dimension is gathered if the caller shards it. `choose` picks an implementation that XLA
+divides rightly, and without a needless collective. When to do so was found by compiling random
+shardings for CPU devices, where values can be compared, and by reading the collectives of programs
+compiled for TPUs.
 `tests/test_xla_partition.py` and `tests/test_tpu.py` do the same.
 """
 
@@ -24,8 +28,11 @@ import jax
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from grouped_conv_jax.algorithms import einsum
+from grouped_conv_jax.halo import Halo
 from grouped_conv_jax.spec import RESULT, Contraction, ConvSpec, Role
+
+FEW_TAPS = 128
+"""More taps take longer to compile as products of their own than as a loop."""
 
 
 def choose(contraction: Contraction, spec: ConvSpec, mesh_axes: int) -> str:
@@ -38,7 +45,7 @@ def choose(contraction: Contraction, spec: ConvSpec, mesh_axes: int) -> str:
     """
     if spec.feature_group_count == 1:
         return "xla"
-    if _is_matrix_product(contraction, spec):
+    if _is_degenerate(contraction, spec):
         preferred = "einsum"
     elif contraction != "wgrad":
         preferred = "xla"
@@ -46,8 +53,8 @@ def choose(contraction: Contraction, spec: ConvSpec, mesh_axes: int) -> str:
         preferred = "lax"
     else:
         preferred = "einsum" if _looks_depthwise(spec) else "xla"
-    can_einsum = einsum.supports(contraction, spec, "tpu") is None
-    return preferred if preferred != "einsum" or can_einsum else "taps"
+    has_few_taps = math.prod(spec.spatial_shape("rhs")) <= FEW_TAPS
+    return "taps" if preferred == "einsum" and not has_few_taps else preferred
 
 
 def miscomputed(name: str, contraction: Contraction, spec: ConvSpec, mesh_axes: int) -> str | None:
@@ -56,8 +63,11 @@ def miscomputed(name: str, contraction: Contraction, spec: ConvSpec, mesh_axes: 
         return None
     if name not in ("xla", "lax", "vmap", "packed"):  # The others have no grouped convolutions.
         return None
-    if _is_matrix_product(contraction, spec):
-        return "XLA's partitioner miscomputes grouped convolutions with one tap or one position"
+    if _is_degenerate(contraction, spec):
+        return (
+            "XLA's partitioner miscomputes grouped convolutions with one tap or one position, or "
+            "with a kernel larger than the image"
+        )
     if contraction == "wgrad" and name == "lax" and mesh_axes > 1:
         return "XLA's partitioner sums batch groups over all axes of a mesh"
     if contraction == "wgrad" and name != "lax" and _looks_depthwise(spec):
@@ -70,18 +80,22 @@ def _looks_depthwise(spec: ConvSpec) -> bool:
     return spec.lhs_shape[spec.layout("lhs")[0]] == 1 or 1 in spec.group_width
 
 
-def _is_matrix_product(contraction: Contraction, spec: ConvSpec) -> bool:
-    """Returns whether the window or the result of the convolution has one position only."""
+def _is_degenerate(contraction: Contraction, spec: ConvSpec) -> bool:
+    """Returns whether the window or the result of the convolution has one position only, or the
+    kernel does not fit into the image.
+    """
     window: Role = "out" if contraction == "wgrad" else "rhs"
     sizes = (math.prod(spec.spatial_shape(role)) for role in (window, RESULT[contraction]))
-    return 1 in sizes
+    extents = zip(spec.extent("rhs"), spec.extent("lhs"), strict=True)
+    return 1 in sizes or any(kernel > image for kernel, image in extents)
 
 
 def constrain(role: Role, x: jax.Array, spec: ConvSpec, mesh: Mesh | AbstractMesh) -> jax.Array:
     """Closes the dimensions of an array that XLA must not shard.
 
     The batch and the groups stay open, and so do the inputs and outputs of a single group. Rows and
-    columns stay open where the mesh has one axis.
+    columns stay open where the mesh has one axis and neighbours have all the rows that a device
+    needs.
     """
     groups = spec.feature_group_count
     one = spec if groups == 1 else spec.one_group()
@@ -89,7 +103,7 @@ def constrain(role: Role, x: jax.Array, spec: ConvSpec, mesh: Mesh | AbstractMes
     is_open = {first, features}
     if groups != 1:
         is_open = set() if role == "rhs" else {first}
-    if role != "rhs" and axis_count(mesh) <= 1:
+    if role != "rhs" and axis_count(mesh) <= 1 and _neighbours_suffice(spec, mesh.size):
         is_open |= set(spatial)
     dimensions = [PartitionSpec.UNCONSTRAINED if d in is_open else None for d in range(x.ndim)]
     if groups == 1:
@@ -99,6 +113,12 @@ def constrain(role: Role, x: jax.Array, spec: ConvSpec, mesh: Mesh | AbstractMes
     dimensions.insert(at, PartitionSpec.UNCONSTRAINED)
     x = _constrained(one.unfold(role, "G", x, groups), dimensions, mesh)
     return one.fold(role, "G", x, at)
+
+
+def _neighbours_suffice(spec: ConvSpec, devices: int) -> bool:
+    """Returns whether devices that share rows, or columns, need to ask their neighbours only."""
+    halos = [Halo.of(spec, i, devices) for i in range(len(spec.window_strides))]
+    return all(halo and max(halo.before, halo.after) <= halo.block for halo in halos)
 
 
 def _constrained(x: jax.Array, dimensions: list, mesh: Mesh | AbstractMesh) -> jax.Array:

@@ -232,6 +232,14 @@ def test_batch_groups_of_a_sharded_batch_are_taken_as_lax_takes_them():
 
 
 @pytest.mark.usefixtures("explicit")
+def test_an_unreduced_result_is_refused():
+    x, w, _ = place((BATCHED, P(), BATCHED))
+    unreduced = P("data", unreduced=frozenset({"group"}))
+    with pytest.raises(ValueError, match="out_sharding must not have unreduced or reduced"):
+        CASE.conv(out_sharding=unreduced)(x, w)
+
+
+@pytest.mark.usefixtures("explicit")
 def test_an_unknown_axis_is_refused():
     x, w, _ = place((P("data"), P(), P()))
     with pytest.raises(ValueError, match="daata"):

@@ -56,7 +56,7 @@ def test_what_a_device_exchanges_does_not_grow_with_the_devices():
             if all(row[name] == other[name] for name in ("net", "dtype", "placement"))
             and other["device_kind"] == row["device_kind"]
         )
-        assert max(others) <= 1.01 * row["compiled_bytes"]
+        assert max(others) <= 1.02 * row["compiled_bytes"]
 
 
 def test_each_generation_and_dtype_has_a_device_alone():

@@ -5,7 +5,7 @@ weights of that tap. The output and the input gradient are sums of those product
 the kernel gradient each product is the gradient of one tap.
 
 XLA's partitioner divides these correctly where it miscomputes convolutions (see `xla_partition`).
-On one device they are seldom the fastest, so that this is not chosen there unasked.
+On one device they are seldom the fastest, and are computed only if they are asked for.
 """
 
 import itertools
