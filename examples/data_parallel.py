@@ -40,6 +40,10 @@ def lower_step(
 
         def loss(params, rest):
             cast, inputs = jax.tree.map(lambda x: x.astype(dtype), (params, images))
+            if is_local:
+                # Here, and not where it is used: else the gradient of what is broadcast to the
+                # examples is summed over the devices before it is summed over the examples.
+                cast = jax.tree.map(lambda x: lax.pcast(x, DATA, to="varying"), cast)
             net = nnx.merge(graphdef, cast, rest, copy=True)
             scores = logits(net, inputs, key).astype(jnp.float32)
             losses = optax.softmax_cross_entropy_with_integer_labels(scores, labels)

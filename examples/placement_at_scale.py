@@ -271,7 +271,8 @@ NETS: dict[NetName, str] = {
         "The paper's 224-pixel net, 128 images on each device of the axis `data`, its towers on "
         "the axis `group`: with two devices each has half of the work. Under `shard_map` gradients "
         "are summed in float32, under `jit` in the dtype of the computation; there XLA gathers "
-        "the input of conv3 and of fc7 a second time for the backward pass."
+        "the input of conv3 and of fc7 a second time for the backward pass. In float32 XLA sends "
+        "the features between the towers as bfloat16, in which it multiplies them."
     ),
     "resnext50": (
         "32 images on each device, 224 pixels. Under `jit` the statistics of batch normalisation "

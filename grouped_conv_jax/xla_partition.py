@@ -103,8 +103,8 @@ def constrain(role: Role, x: jax.Array, spec: ConvSpec, mesh: Mesh | AbstractMes
     is_open = {first, features}
     if groups != 1:
         is_open = set() if role == "rhs" else {first}
-    if role != "rhs" and axis_count(mesh) <= 1 and _neighbours_suffice(spec, mesh.size):
-        is_open |= set(spatial)
+    if role != "rhs" and axis_count(mesh) <= 1:
+        is_open |= {d for i, d in enumerate(spatial) if _neighbours_suffice(spec, i, mesh.size)}
     dimensions = [PartitionSpec.UNCONSTRAINED if d in is_open else None for d in range(x.ndim)]
     if groups == 1:
         return _constrained(x, dimensions, mesh)
@@ -115,10 +115,10 @@ def constrain(role: Role, x: jax.Array, spec: ConvSpec, mesh: Mesh | AbstractMes
     return one.fold(role, "G", x, at)
 
 
-def _neighbours_suffice(spec: ConvSpec, devices: int) -> bool:
-    """Returns whether devices that share rows, or columns, need to ask their neighbours only."""
-    halos = [Halo.of(spec, i, devices) for i in range(len(spec.window_strides))]
-    return all(halo and max(halo.before, halo.after) <= halo.block for halo in halos)
+def _neighbours_suffice(spec: ConvSpec, spatial: int, devices: int) -> bool:
+    """Returns whether devices that share a spatial dimension need to ask their neighbours only."""
+    halo = Halo.of(spec, spatial, devices)
+    return halo is not None and max(halo.before, halo.after) <= halo.block
 
 
 def _constrained(x: jax.Array, dimensions: list, mesh: Mesh | AbstractMesh) -> jax.Array:

@@ -41,8 +41,11 @@ def test_no_collective_runs_over_several_axes(row):
 
 @pytest.mark.parametrize("row", SEVERAL, ids=named)
 def test_a_program_exchanges_what_was_computed(row):
-    """Beyond it: the statistics of batch normalisation, and what XLA gathers twice under jit."""
-    if row["net"] == "alexnet" and row["placement"] == "shard_map":
+    """Beyond it: the statistics of batch normalisation, and what XLA gathers twice under jit.
+
+    XLA:TPU may send the features of a float32 net in bfloat16, as it multiplies them.
+    """
+    if (row["net"], row["placement"], row["dtype"]) == ("alexnet", "shard_map", "bfloat16"):
         assert row["compiled_bytes"] == row["computed_bytes"]
     else:
         assert row["compiled_bytes"] <= 1.1 * row["computed_bytes"]
@@ -74,8 +77,8 @@ def test_each_generation_and_dtype_has_a_device_alone():
 def test_a_data_parallel_step_is_lowered_for_a_topology(placement):
     pytest.importorskip("libtpu", reason="needs libtpu, which is for Linux x86-64")
     mesh = Mesh(np.array(topology_devices("v5e:2x2")), ("data",), axis_types=(AxisType.Auto,))
-    lowered = data_parallel.lower_step("mobilenet", "bfloat16", mesh, placement, 8)
+    lowered = data_parallel.lower_step("mobilenet", "float32", mesh, placement, 8)
     images = lowered.args_info[0][3]
     assert images.shape == (32, 224, 224, 3)
-    (exchange,) = data_parallel.exchanges("mobilenet", "bfloat16", 4)
-    assert exchange.nbytes == 2 * 4_231_976 + 4
+    (exchange,) = data_parallel.exchanges("mobilenet", "float32", 4)
+    assert exchange.nbytes == 4 * 4_231_976 + 4
