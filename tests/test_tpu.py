@@ -190,7 +190,8 @@ def assert_rows_as_lax(rank: int, groups: int, stride: int) -> None:
         ours = sent(case, contraction, mesh)
         theirs = sent(case, contraction, mesh, contraction_of(lax_case, contraction))
         assert sum(c.nbytes for c in ours) <= sum(c.nbytes for c in theirs), contraction
-        if contraction != "wgrad":
+        # XLA gathers for some input gradients with strides, too.
+        if contraction == "fprop" or (contraction == "dgrad" and stride == 1):
             assert {c.kind for c in ours} == {"collective-permute"}, contraction
 
 
