@@ -225,6 +225,34 @@ def test_parts_of_a_combined_collective():
     }
 
 
+def test_a_collective_that_overlaps_with_several_fusions_is_one():
+    """XLA:TPU repeats it in each of the fusions, under the same chain."""
+    lines = [
+        f'%r = f32[6] all-gather(%x), {GROUPS}, frontend_attributes={{chain_id="{chain}"}}'
+        for chain in (0, 0, 1)
+    ]
+    program = printed("\n  ".join([*lines, f"%r = f32[3] all-gather(%x), {GROUPS}"]))
+    found = collectives(program, mesh_of(ON_4_BY_2))
+    assert [c.nbytes for c in found] == [24, 24, 12]
+
+
+def test_an_all_reduce_of_which_each_device_keeps_a_part_is_a_reduce_scatter():
+    """XLA:TPU has a fusion for it."""
+    text = f"""HloModule m, num_partitions=8
+
+%all-reduce-scatter.1 (input: f32[6]) -> f32[3] {{
+  %all-reduce.1 = f32[6] all-reduce(%input), {GROUPS}
+}}
+
+ENTRY %main (x: f32[6]) -> f32[6] {{
+  %all-reduce.2 = f32[6] all-reduce(%x), {GROUPS}
+}}
+"""
+    program = types.SimpleNamespace(as_text=lambda: text)
+    found = collectives(program, mesh_of(ON_4_BY_2))
+    assert [(c.kind, c.nbytes) for c in found] == [("reduce-scatter", 24), ("all-reduce", 24)]
+
+
 def test_names_that_do_not_fit_the_arrays():
     for name in ("f/(a:b)", "f/(a/psum", "f/psum"):
         program = printed(

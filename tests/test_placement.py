@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -192,6 +193,53 @@ def test_what_layers_need_may_be_done_elsewhere(mesh):
         ("layer1, layer2", "wgrad", 456, 512),
     ]
     assert rows[-1].note == "all-gather of 56 bytes more than computed"
+
+
+def printed(*instructions):
+    """What XLA:TPU prints of some instructions."""
+    text = "\n  ".join(("HloModule m, num_partitions=8", *instructions))
+    return types.SimpleNamespace(as_text=lambda: text, memory_analysis=lambda: None)
+
+
+GROUPS = "channel_id=1, replica_groups=[4,2]<=[8], use_global_device_ids=true"
+
+
+def test_the_sums_of_all_layers_may_be_named_after_one_of_them(mesh):
+    metadata = 'metadata={op_name="f/transpose(jvp())/layer2/psum"}'
+    compiled = printed(f"%r = (f32[3], f32[5]) all-reduce(%x, %y), {GROUPS}, {metadata}")
+    needed = [
+        Exchange("layer1", "wgrad", "all-reduce", ("b",), 12),
+        Exchange("layer2", "wgrad", "all-reduce", ("b",), 20),
+    ]
+    (row,) = placement_report(compiled, mesh, exchanges=needed).rows
+    assert (row.layer, row.note, row.compiled_nbytes) == ("layer1, layer2", "", 32)
+    more = [*needed, Exchange("layer3", "wgrad", "all-reduce", ("b",), 4)]
+    rows = placement_report(compiled, mesh, exchanges=more).rows
+    assert [row.note for row in rows] == [
+        "not in the compiled program",
+        "all-reduce of 12 bytes more than computed",
+        "not in the compiled program",
+    ]
+
+
+def test_a_reduce_scatter_may_be_an_all_reduce_without_a_name(mesh):
+    compiled = printed(f"%r = f32[3] all-reduce(%x), {GROUPS}")
+    needed = [Exchange("layer1", "dgrad", "reduce-scatter", ("b",), 12)]
+    (row,) = placement_report(compiled, mesh, exchanges=needed).rows
+    assert (row.layer, row.note) == ("layer1", "all-reduce instead of reduce-scatter")
+
+
+def test_a_collective_without_a_name_has_no_direction(mesh):
+    (row,) = placement_report(printed(f"%r = f32[3] all-reduce(%x), {GROUPS}"), mesh).rows
+    assert (row.layer, row.contraction) == ("(no name)", "")
+
+
+def test_the_names_of_many_layers_are_shortened(mesh):
+    metadata = 'metadata={op_name="f/transpose(jvp())/layer0/psum"}'
+    compiled = printed(f"%r = (f32[3], f32[9]) all-reduce(%x, %y), {GROUPS}, {metadata}")
+    needed = [Exchange(f"layer{i}", "wgrad", "all-reduce", ("b",), 12) for i in range(4)]
+    report = placement_report(compiled, mesh, exchanges=needed)
+    assert "layer0 ... layer2, layer3" in str(report)
 
 
 def test_layers_are_told_apart_by_whole_names(mesh):

@@ -19,7 +19,7 @@ from test_export import OPERATIONS, with_gradients
 from test_partition import contraction_of, on_dimensions
 
 from alexnet.topology import topology_devices
-from grouped_conv_jax import explain, grouped_conv, tune
+from grouped_conv_jax import explain, grouped_conv, towers, tune
 from grouped_conv_jax.collectives import collectives
 from grouped_conv_jax.placement import placement_report
 from grouped_conv_jax.spec import Contraction
@@ -329,6 +329,13 @@ def test_lax_sums_the_kernel_gradient_over_unused_axes():
 def test_an_unknown_topology_is_refused_with_those_that_there_are(name):
     with pytest.raises(ValueError, match=r"GENERATION:CHIPS, like v4:2x2x1, v5e:2x2, v5e:4x4"):
         topology_devices(name)
+
+
+def test_a_mesh_that_is_no_box_of_chips_is_refused():
+    with pytest.raises(ValueError, match="the first 3 of 4 devices form no mesh of 3 x 1"):
+        towers.make_mesh(3, 1, devices())
+    with pytest.raises(ValueError, match=r"needs 8 devices, there are 4$"):
+        towers.make_mesh(4, 2, devices())
 
 
 def test_a_mesh_of_two_platforms_is_refused():
