@@ -290,6 +290,15 @@ def test_an_exported_program_is_local():
     assert {c.kind for c in found} == {"all-reduce"}
 
 
+@pytest.mark.usefixtures("explicit")
+@pytest.mark.parametrize("platform", ["cuda", "rocm", "tpu"])
+def test_a_cpu_exports_for_several_accelerators(platform):
+    x, w, _ = place((BATCHED, KERNEL, BATCHED))
+    exported = jax.export.export(jax.jit(gradients), platforms=(platform,))(x, w)
+    assert exported.nr_devices == 8
+    assert "manual_computation" in exported.mlir_module()
+
+
 CACHED = """
 import sys
 import jax

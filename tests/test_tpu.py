@@ -238,6 +238,20 @@ def test_every_operation_compiles(name, kind):
     assert {c.axes for c in collectives(program, mesh)} <= {("data",)}
 
 
+def test_pmap_compiles():
+    case = convolution(2, 4, 1)
+    lhs = jax.ShapeDtypeStruct((4, BATCH // 4, *case.lhs[1:]), np.float32)
+    rhs = jax.ShapeDtypeStruct(case.rhs, np.float32)
+
+    def gradient(x, w):
+        return lax.psum(jax.grad(lambda w: jnp.sum(case.conv()(x, w) ** 2))(w), "data")
+
+    mapped = jax.pmap(gradient, "data", in_axes=(0, None), devices=devices())
+    program = mapped.lower(lhs, rhs).compile()
+    (sum_of_gradients,) = collectives(program, make_mesh({"data": 4}))
+    assert sum_of_gradients.kind == "all-reduce"
+
+
 def test_partly_manual_axes_compile():
     case = convolution(2, 4, 1)
     mesh = make_mesh({"data": 2, "other": 2})
