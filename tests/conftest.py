@@ -28,6 +28,8 @@ def pytest_configure(config: pytest.Config) -> None:
         compile_quickly()
     # The processes that tests start need not look for a TPU only because libtpu is installed.
     os.environ.setdefault("JAX_PLATFORMS", platform)
+    # Several workers compile for TPUs that are not there at a time.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     jax.config.update("jax_platforms", platform if platform == "cpu" else f"{platform},cpu")
     jax.config.update("jax_num_cpu_devices", 8)
     if platform != "cpu":
