@@ -39,8 +39,8 @@ def choose(contraction: Contraction, spec: ConvSpec, platform: str, is_export: b
     - all others: `"xla"`, which is lax's own convolution as well.
 
     On TPUs, by the cycles that XLA:TPU itself estimates for its programs (see docs/tpu.md), since
-    no TPU was at hand to measure on. Another implementation than lax's is chosen only where the
-    estimate is at least 1.5 times lower:
+    no TPU was at hand to measure on. Another implementation than lax's is chosen for a class of
+    convolutions whose estimates are lower, by more than 1.5 times in most of them:
 
     - the input's gradient, and the output without strides, of up to eight groups of at least 24
       features, unless the features of a group in the result are a multiple of the 128 lanes of a
