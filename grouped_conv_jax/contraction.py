@@ -179,35 +179,24 @@ def _lowering_rule(platform: str):
                 choices,
                 device,
                 is_export,
-                None if divided_over is None else xla_partition.axis_count(divided_over),
+                divided_over,
             )
             algorithm = getattr(TABLE[name], contraction)
-
-            def constrain(role, x):
-                if divided_over is None:
-                    return x
-                return xla_partition.constrain(role, x, merged, divided_over)
-
-            def computed(*operands):
-                roles = OPERANDS[contraction]
-                operands = (constrain(role, x) for role, x in zip(roles, operands, strict=True))
-                return constrain(result, algorithm(*operands, merged))
-
+            if divided_over is not None:
+                algorithm = xla_partition.constrained(algorithm, contraction, divided_over)
             first, second = map(spec.merge, OPERANDS[contraction], (first, second))
             with jax.named_scope(f"grouped_conv.{contraction}.{name}"):
                 # A function of its own keeps its constants. A partitioned one may have none.
-                out = jax.jit(computed)(first, second)
+                out = jax.jit(lambda a, b: algorithm(a, b, merged))(first, second)
             return spec.split(result, out)
 
         watch: Watch | None = watching.value
+        equation = Equation(contraction, spec, implementation, choices)
 
-        def note(spec, divided_over=None):
+        def note(computed_spec, divided_over):
             if watch is not None:
-                equation = Equation(contraction, spec_of_equation, implementation, choices)
-                axes = None if divided_over is None else xla_partition.axis_count(divided_over)
-                watch.note(equation, device, spec, axes)
+                watch.note(equation, device, computed_spec, divided_over)
 
-        spec_of_equation = spec
         key = f"{implementation} {choices} {watch}"
         computation = divided(compute, contraction, spec, platform, key, ctx, note)
         # The type of the result is settled; how it is computed need not be typed as well.

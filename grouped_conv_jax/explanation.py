@@ -160,13 +160,13 @@ def _rows(o: Occurrence, tuning: Tuning | None) -> tuple[Row, ...]:
     contraction, spec, platform = o.contraction, o.spec, o.device.platform
     measured = {} if tuning is None else tuning.seconds(contraction, spec, o.device)
     chosen = o.implementation or selection.resolve(
-        None, contraction, spec, platform, o.choices, o.device, xla_divides=o.xla_divides
+        None, contraction, spec, platform, o.choices, o.device, divided_over=o.divided_over
     )
 
     def row(name: str) -> Row:
         reason = unsupported(name, contraction, spec, platform)
-        if reason is None and o.xla_divides is not None:
-            reason = xla_partition.miscomputed(name, contraction, spec, o.xla_divides)
+        if reason is None and o.divided_over is not None:
+            reason = xla_partition.miscomputed(name, contraction, spec, o.divided_over)
         expected = math.inf
         if reason is None:
             expected = selection.expected_seconds(name, contraction, spec, platform)
@@ -184,7 +184,7 @@ def _rows(o: Occurrence, tuning: Tuning | None) -> tuple[Row, ...]:
             runs_unasked=reason is None and runs_unasked(name, contraction, spec),
             expected_seconds=expected if math.isfinite(expected) else None,
             measured_seconds=measured.get(name),
-            divided_by_xla=o.xla_divides is not None,
+            divided_by_xla=o.divided_over is not None,
         )
 
     return tuple(map(row, TABLE))

@@ -86,9 +86,9 @@ def tune(function: Callable, *args: Any, repeats: int = 10, **kwargs: Any) -> Tu
     divided_by_xla = 0
     for o in occurrences(function, args, kwargs):
         key = o.device, o.contraction, o.spec
-        if o.xla_divides is not None:
+        if o.divided_over is not None:
             divided_by_xla += 1
-            _check_is_here(o.device)
+            _device_here(o.device)
         elif o.implementation is None and key not in measured:
             measured[key] = _measure(*key, repeats)
     if divided_by_xla:
@@ -104,7 +104,7 @@ def tune(function: Callable, *args: Any, repeats: int = 10, **kwargs: Any) -> Tu
 def _measure(
     kind: DeviceKind, contraction: Contraction, spec: ConvSpec, repeats: int
 ) -> Measurement:
-    platform, device = kind.platform, _check_is_here(kind)
+    platform, device = kind.platform, _device_here(kind)
     subject = Subject(kind, contraction, spec_key(spec))
     first = selection.choose(contraction, spec, platform)
     names = _different(contraction, spec, platform)
@@ -126,8 +126,8 @@ def _measure(
     return Measurement.of(subject, seconds)
 
 
-def _check_is_here(kind: DeviceKind) -> Any:
-    """Returns a device of a kind.
+def _device_here(kind: DeviceKind) -> Any:
+    """Returns a device of a kind that this process has.
 
     Raises:
       RuntimeError: this process has none.

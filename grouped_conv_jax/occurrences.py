@@ -33,8 +33,8 @@ class Occurrence:
       device: the kind that it is compiled for.
       times: how often it is computed, as far as is known: once for the rounds of a
         `lax.while_loop`, and in every branch of a `lax.cond`.
-      xla_divides: None if `spec` is what one device computes. Otherwise XLA divides `spec` by
-        itself, over this many mesh axes.
+      divided_over: the mesh that XLA divides `spec` over by itself; None if `spec` is what one
+        device computes.
     """
 
     contraction: Contraction
@@ -43,7 +43,7 @@ class Occurrence:
     choices: Choices | None
     device: DeviceKind
     times: int = 0
-    xla_divides: int | None = None
+    divided_over: Mesh | None = None
 
 
 def occurrences(
@@ -71,11 +71,11 @@ def occurrences(
     shared: Counter[Equation] = Counter()
     are_several = max(len(devices), jax.device_count()) > 1
     _count(traced_call.jaxpr, 1, settled, shared if are_several else settled)
-    found: list[tuple[Equation, ConvSpec, DeviceKind, int | None, int]]
+    found: list[tuple[Equation, ConvSpec, DeviceKind, Mesh | None, int]]
     found = [(equation, equation.spec, here, None, times) for equation, times in settled.items()]
     found += _compiled(traced_call, shared, here)
     total: Counter[Occurrence] = Counter()
-    for (contraction, _, implementation, choices), spec, device, xla_divides, times in found:
+    for (contraction, _, implementation, choices), spec, device, divided_over, times in found:
         if not spec.is_empty:
             occurrence = Occurrence(
                 contraction,
@@ -83,7 +83,7 @@ def occurrences(
                 implementation,
                 choices,
                 device,
-                xla_divides=xla_divides,
+                divided_over=divided_over,
             )
             total[occurrence] += times
     return [dataclasses.replace(o, times=times) for o, times in total.items()]
@@ -109,7 +109,7 @@ def _count(jaxpr: Any, times: int, settled: Counter[Equation], shared: Counter[E
 
 def _compiled(
     traced: Any, shared: Counter[Equation], here: DeviceKind
-) -> Iterator[tuple[Equation, ConvSpec, DeviceKind, int | None, int]]:
+) -> Iterator[tuple[Equation, ConvSpec, DeviceKind, Mesh | None, int]]:
     """What becomes of the equations that devices may share."""
     if not shared:
         return
@@ -119,11 +119,11 @@ def _compiled(
         if shared.keys() - {equation for equation, *_ in watch.seen}:
             lowered.compile()
     kinds = Counter(equation for equation, *_ in watch.seen)
-    for (equation, spec, device, xla_divides), seen in watch.seen.items():
+    for (equation, spec, device, divided_over), seen in watch.seen.items():
         # What is lowered once for many places, or iterated, is seen once. Where the same equation
         # is shared in two ways, the places are what there is.
         times = shared[equation] if kinds[equation] == 1 else seen
-        yield equation, spec, device or here, xla_divides, times
+        yield equation, spec, device or here, divided_over, times
 
 
 def _devices(arrays: Sequence[Any], jaxpr: Any) -> list[Any]:

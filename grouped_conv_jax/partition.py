@@ -38,6 +38,7 @@ from grouped_conv_jax.explicit import axes_of_dimensions, has_explicit_axes
 from grouped_conv_jax.plan import Dimensions, Plan, choose
 from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec, Role
 from grouped_conv_jax.version import __version__
+from grouped_conv_jax.xla_partition import with_sharding
 
 WITH_CUSTOM_PARTITIONING = frozenset({"cpu", "cuda", "rocm"})
 """The platforms whose compiler asks `custom_partitioning`. A TPU's does not (jax issue 38196)."""
@@ -53,14 +54,14 @@ class Compute(Protocol):
         first: jax.Array,
         second: jax.Array,
         spec: ConvSpec,
-        divided_over: Mesh | AbstractMesh | None = None,
+        divided_over: Mesh | None = None,
     ) -> jax.Array: ...
 
 
-class Note(Protocol):
-    """Takes note of the spec that a device computes, or of a whole one that XLA divides."""
-
-    def __call__(self, spec: ConvSpec, divided_over: Mesh | AbstractMesh | None = None) -> None: ...
+Note = Callable[[ConvSpec, Mesh | None], None]
+"""Takes note of the spec that a device computes, or of a whole one and the mesh that XLA divides it
+over.
+"""
 
 
 def requires_devices(primitive: Primitive) -> None:
@@ -96,7 +97,7 @@ def divided(
         return compute(first, second, spec)
 
     def whole(first: jax.Array, second: jax.Array) -> jax.Array:
-        note(spec)
+        note(spec, None)
         return local(first, second)
 
     axes: Any = context.module_context.axis_context
@@ -117,13 +118,13 @@ def divided(
     sizes = dict(axes.abstract_mesh.shape) if axes.abstract_mesh is not None else {}
     sizes = sizes or {"devices": len(devices)}
     mesh = Mesh(np.array(devices).reshape(list(sizes.values())), tuple(sizes))
-    if spec.is_symbolic:  # As only exported programs are; nothing can be chosen for XLA to divide.
+    if spec.is_symbolic:  # The choice of what XLA divides rightly needs all sizes.
         return _on_each_device(whole, mesh)
     is_export = context.module_context.lowering_parameters.for_export
     if is_export or platform not in WITH_CUSTOM_PARTITIONING:
 
         def by_xla(first: jax.Array, second: jax.Array) -> jax.Array:
-            note(spec, divided_over=mesh)
+            note(spec, mesh)
             return compute(first, second, spec, divided_over=mesh)
 
         return by_xla
@@ -142,15 +143,12 @@ def _on_each_device(whole: Computation, mesh: Mesh | AbstractMesh) -> Computatio
     """Returns a computation that every device does completely."""
 
     def replicated(x: jax.Array) -> jax.Array:
-        # On an Explicit mesh the axes are Auto here by now, in the mesh of the context.
-        here = jax.sharding.get_abstract_mesh()
-        sharding = NamedSharding(mesh if here.empty else here, PartitionSpec())
-        return jax.lax.with_sharding_constraint(x, sharding)
+        return with_sharding(x, PartitionSpec(), mesh)
 
     return lambda first, second: replicated(whole(replicated(first), replicated(second)))
 
 
-# Shardings that the types tell.
+# The types tell the shardings.
 
 
 def _in_shard_map(
@@ -170,8 +168,8 @@ def _in_shard_map(
     *operands, result = (PartitionSpec(*plan.sharded(role)) for role in roles)
 
     def computation(first: jax.Array, second: jax.Array) -> jax.Array:
-        note(plan.local_spec)
-        # The contexts of the axes: those that were Explicit are Auto inside a lowering.
+        note(plan.local_spec, None)
+        # The mesh is that of the context, whose Explicit axes are Auto inside a lowering.
         function = jax.shard_map(
             functools.partial(plan.compute, compute),
             in_specs=tuple(operands),
@@ -196,7 +194,7 @@ def _filled_up(x: jax.Array, plan: Plan, role: Role) -> jax.Array:
     return lax.pad(x, jnp.zeros((), x.dtype), config)
 
 
-# Shardings that XLA asks about.
+# XLA asks about the shardings.
 
 
 def _partitioned(
@@ -218,7 +216,7 @@ def _partitioned(
             for role, x in zip(names, (*operands, result), strict=True)
         }
         plan = choose(contraction, spec, given, mesh.shape)
-        note(plan.local_spec)
+        note(plan.local_spec, None)
 
         def on_device(first: jax.Array, second: jax.Array) -> jax.Array:
             with _own_contexts(spec):

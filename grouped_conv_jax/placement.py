@@ -22,7 +22,7 @@ from grouped_conv_jax.table import aligned
 Direction = Literal["forward", "backward"]
 
 NAMELESS = "(no name)"
-"""Where a collective is to which XLA gives no name."""
+"""The layer of a collective to which XLA gives no name."""
 
 _Key = tuple[str, str, tuple[str, ...]]
 """A layer, a direction, the axes of the mesh."""
@@ -286,26 +286,22 @@ def _pool(needed: dict[_Key, list], found: dict[_Key, list]) -> None:
     XLA combines their sums: then all are named after one of them.
     """
     layers = {layer for layer, *_ in needed}
-    places = {(key[2], kind) for key in found for kind, _ in found[key]}
-    for axes, kind in sorted(places):
-        of_kind = [key for key in found if key[2] == axes and {k for k, _ in found[key]} == {kind}]
-        outside = [key for key in of_kind if key[0] not in layers]
-        together = [key for key in of_kind if key[0] in layers and _excess(key, needed, found) > 0]
-        missing = [key for key in needed if key not in found and key[2] == axes]
-        missing = [key for key in missing if {what for what, *_ in needed[key]} == {kind}]
-        if not missing:
-            continue
-        if not outside:
-            # What was combined is complete: it is as much as the layers in it need together.
-            excess = sum(_excess(key, needed, found) for key in together)
-            if excess != sum(nbytes for key in missing for _, nbytes, _ in needed[key]):
-                continue
-            outside, missing = together, [*missing, *together]
-            missing.sort(key=list(needed).index)
-        if outside:
+    for axes, kind in sorted({(key[2], kind) for key in found for kind, _ in found[key]}):
+        of_kind = [k for k in found if k[2] == axes and {what for what, _ in found[k]} == {kind}]
+        places = [k for k in of_kind if k[0] not in layers]
+        missing = [k for k in needed if k not in found and k[2] == axes]
+        missing = [k for k in missing if {what for what, *_ in needed[k]} == {kind}]
+        if missing and not places:
+            combined = [k for k in of_kind if _excess(k, needed, found) > 0]
+            excess = sum(_excess(k, needed, found) for k in combined)
+            # The sums of the missing layers are in there if they are as many bytes.
+            if excess == sum(nbytes for k in missing for _, nbytes, _ in needed[k]):
+                places = combined
+                missing = [k for k in needed if k in missing or k in combined]
+        if missing and places:
             row = (", ".join(dict.fromkeys(layer for layer, *_ in missing)), "", axes)
             needed[row] = [e for key in missing for e in needed.pop(key)]
-            found[row] = [c for key in outside for c in found.pop(key)]
+            found[row] = [c for key in places for c in found.pop(key)]
 
 
 def _excess(key: _Key, needed: dict[_Key, list], found: dict[_Key, list]) -> int:

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+from jax.sharding import Mesh
 
 from grouped_conv_jax import xla_partition
 from grouped_conv_jax.algorithms import TABLE, dense, unsupported
@@ -110,7 +111,7 @@ def resolve(
     choices: Choices | None = None,
     device: DeviceKind | None = None,
     is_export: bool = False,
-    xla_divides: int | None = None,
+    divided_over: Mesh | None = None,
 ) -> str:
     """Returns the name of the implementation to run: the one asked for, the one that is the fastest
     of those measured on such a device, or the automatic choice.
@@ -123,14 +124,13 @@ def resolve(
       choices: the measured ones, or None.
       device: the kind of the device, or None if it is not known.
       is_export: whether the program must run without this package.
-      xla_divides: over how many mesh axes XLA divides the convolution by itself; None if it does
-        not.
+      divided_over: the mesh that XLA divides the whole convolution over by itself, if it does.
 
     Raises:
       NotImplementedError: the implementation that was asked for does not do this.
     """
-    if implementation is None and xla_divides is not None:
-        return xla_partition.choose(contraction, spec, xla_divides)
+    if implementation is None and divided_over is not None:
+        return xla_partition.choose(contraction, spec, divided_over)
     if implementation is None:
         fastest = None
         if choices is not None:
@@ -139,8 +139,8 @@ def resolve(
 
     def reason_against(name: str) -> str | None:
         reason = unsupported(name, contraction, spec, platform, is_export)
-        if reason is None and xla_divides is not None:
-            reason = xla_partition.miscomputed(name, contraction, spec, xla_divides)
+        if reason is None and divided_over is not None:
+            reason = xla_partition.miscomputed(name, contraction, spec, divided_over)
         return reason
 
     if reason := reason_against(implementation):

@@ -5,6 +5,7 @@ from collections import Counter
 from typing import NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from grouped_conv_jax.devices import DeviceKind
 from grouped_conv_jax.spec import Contraction, ConvSpec
@@ -27,12 +28,12 @@ class Watch:
     and compiled anew.
 
     Attributes:
-      seen: how often an equation has become a convolution of this spec on this kind of device, and
-        over how many mesh axes XLA divides it by itself; None if the spec is one device's.
+      seen: how often an equation has become a convolution of this spec on this kind of device. If
+        there is a mesh, XLA divides the spec over it by itself; else the spec is one device's.
     """
 
     def __init__(self) -> None:
-        self.seen: Counter[tuple[Equation, ConvSpec, DeviceKind | None, int | None]] = Counter()
+        self.seen: Counter[tuple[Equation, ConvSpec, DeviceKind | None, Mesh | None]] = Counter()
         self._id = uuid.uuid4()
 
     def __repr__(self) -> str:
@@ -44,9 +45,9 @@ class Watch:
         equation: Equation,
         device: DeviceKind | None,
         spec: ConvSpec,
-        xla_divides: int | None,
+        divided_over: Mesh | None,
     ) -> None:
-        self.seen[equation, spec, device, xla_divides] += 1
+        self.seen[equation, spec, device, divided_over] += 1
 
 
 watching = jax.make_user_context(None)

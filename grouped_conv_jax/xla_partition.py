@@ -14,50 +14,55 @@ XLA divides the program that is lowered. Its partitioner has faults. With JAX 0.
   process.
 - A kernel gradient with feature groups is wrong for a batch of one, and for depthwise convolutions.
 
-This module keeps XLA away from them. `constrain` closes dimensions that XLA must not shard: a
+This module keeps XLA away from them. `constrained` closes dimensions that XLA must not shard: a
 closed dimension is gathered if the caller shards it. `choose` picks an implementation that XLA
-divides rightly, and without a needless collective. When to do so was found by compiling random
-shardings for CPU devices, where values can be compared, and by reading the collectives of programs
-compiled for TPUs.
-`tests/test_xla_partition.py` and `tests/test_tpu.py` do the same.
+divides rightly, and without a needless collective. Both follow from experiments: random shardings
+were compiled for CPU devices, where values can be compared, and the collectives of programs for
+TPUs were read. `tests/test_xla_partition.py` and `tests/test_tpu.py` repeat them.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from grouped_conv_jax.algorithms import unsupported
 from grouped_conv_jax.halo import Halo
-from grouped_conv_jax.spec import RESULT, Contraction, ConvSpec, Role
+from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec, Role
 
 FEW_TAPS = 128
 """More taps take longer to compile as products of their own than as a loop."""
 
+Algorithm = Callable[[jax.Array, jax.Array, ConvSpec], jax.Array]
+"""One contraction by one implementation, as in `algorithms`."""
 
-def choose(contraction: Contraction, spec: ConvSpec, mesh_axes: int) -> str:
+
+def choose(contraction: Contraction, spec: ConvSpec, mesh: Mesh) -> str:
     """Returns the implementation for a contraction that XLA divides.
 
     Args:
       contraction: the contraction.
       spec: the whole convolution, without mapped axes.
-      mesh_axes: how many axes of the mesh have more than one device.
+      mesh: the devices that XLA divides it over.
     """
     if spec.feature_group_count == 1:
         return "xla"
-    if _is_degenerate(contraction, spec):
-        preferred = "einsum"
-    elif contraction != "wgrad":
-        preferred = "xla"
-    elif mesh_axes <= 1:
-        preferred = "lax"
-    else:
-        preferred = "einsum" if _looks_depthwise(spec) else "xla"
-    has_few_taps = math.prod(spec.spatial_shape("rhs")) <= FEW_TAPS
-    return "taps" if preferred == "einsum" and not has_few_taps else preferred
+    if not _is_degenerate(contraction, spec):
+        if contraction != "wgrad":
+            return "xla"
+        if _has_one_axis(mesh):
+            return "lax"
+        if not _looks_depthwise(spec):
+            return "xla"
+    # None of these is a grouped convolution. The first multiplies, the others have loops.
+    if math.prod(spec.spatial_shape("rhs")) <= FEW_TAPS:
+        return "einsum"
+    return "dense" if unsupported("taps", contraction, spec, "tpu") else "taps"
 
 
-def miscomputed(name: str, contraction: Contraction, spec: ConvSpec, mesh_axes: int) -> str | None:
+def miscomputed(name: str, contraction: Contraction, spec: ConvSpec, mesh: Mesh) -> str | None:
     """Returns why XLA would miscompute an implementation that was asked for, or None."""
     if spec.feature_group_count == 1:
         return None
@@ -68,7 +73,7 @@ def miscomputed(name: str, contraction: Contraction, spec: ConvSpec, mesh_axes: 
             "XLA's partitioner miscomputes grouped convolutions with one tap or one position, or "
             "with a kernel larger than the image"
         )
-    if contraction == "wgrad" and name == "lax" and mesh_axes > 1:
+    if contraction == "wgrad" and name == "lax" and not _has_one_axis(mesh):
         return "XLA's partitioner sums batch groups over all axes of a mesh"
     if contraction == "wgrad" and name != "lax" and _looks_depthwise(spec):
         return "XLA's partitioner miscomputes the feature groups of this kernel gradient"
@@ -90,7 +95,19 @@ def _is_degenerate(contraction: Contraction, spec: ConvSpec) -> bool:
     return 1 in sizes or any(kernel > image for kernel, image in extents)
 
 
-def constrain(role: Role, x: jax.Array, spec: ConvSpec, mesh: Mesh | AbstractMesh) -> jax.Array:
+def constrained(algorithm: Algorithm, contraction: Contraction, mesh: Mesh) -> Algorithm:
+    """Returns an algorithm in which XLA does not shard what it would divide wrongly."""
+    first_role, second_role = OPERANDS[contraction]
+
+    def compute(first: jax.Array, second: jax.Array, spec: ConvSpec) -> jax.Array:
+        first = _closed(first_role, first, spec, mesh)
+        second = _closed(second_role, second, spec, mesh)
+        return _closed(RESULT[contraction], algorithm(first, second, spec), spec, mesh)
+
+    return compute
+
+
+def _closed(role: Role, x: jax.Array, spec: ConvSpec, mesh: Mesh) -> jax.Array:
     """Closes the dimensions of an array that XLA must not shard.
 
     The batch and the groups stay open, and so do the inputs and outputs of a single group. Rows and
@@ -103,15 +120,15 @@ def constrain(role: Role, x: jax.Array, spec: ConvSpec, mesh: Mesh | AbstractMes
     is_open = {first, features}
     if groups != 1:
         is_open = set() if role == "rhs" else {first}
-    if role != "rhs" and axis_count(mesh) <= 1:
+    if role != "rhs" and _has_one_axis(mesh):
         is_open |= {d for i, d in enumerate(spatial) if _neighbours_suffice(spec, i, mesh.size)}
     dimensions = [PartitionSpec.UNCONSTRAINED if d in is_open else None for d in range(x.ndim)]
     if groups == 1:
-        return _constrained(x, dimensions, mesh)
+        return with_sharding(x, PartitionSpec(*dimensions), mesh)
     # The groups have a dimension of their own, so that the features of a group stay closed.
     at = one.group_dimension(role)
     dimensions.insert(at, PartitionSpec.UNCONSTRAINED)
-    x = _constrained(one.unfold(role, "G", x, groups), dimensions, mesh)
+    x = with_sharding(one.unfold(role, "G", x, groups), PartitionSpec(*dimensions), mesh)
     return one.fold(role, "G", x, at)
 
 
@@ -121,13 +138,14 @@ def _neighbours_suffice(spec: ConvSpec, spatial: int, devices: int) -> bool:
     return halo is not None and max(halo.before, halo.after) <= halo.block
 
 
-def _constrained(x: jax.Array, dimensions: list, mesh: Mesh | AbstractMesh) -> jax.Array:
+def _has_one_axis(mesh: Mesh) -> bool:
+    """Returns whether one axis of a mesh has all the devices."""
+    return mesh.size in mesh.shape.values()
+
+
+def with_sharding(x: jax.Array, spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> jax.Array:
+    """Constrains the sharding of an array while a primitive is lowered."""
     # On an Explicit mesh the axes are Auto by now, in the mesh of the context.
     here = jax.sharding.get_abstract_mesh()
-    sharding = NamedSharding(mesh if here.empty else here, PartitionSpec(*dimensions))
+    sharding = NamedSharding(mesh if here.empty else here, spec)
     return lax.with_sharding_constraint(x, sharding)
-
-
-def axis_count(mesh: Mesh | AbstractMesh) -> int:
-    """Returns how many axes of a mesh have more than one device."""
-    return sum(size > 1 for size in mesh.shape.values())

@@ -12,7 +12,7 @@ from cases import CASES, Case, any_implementation, each_case, every_case, named,
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxprs import convolutions
-from test_partition import MESH, SPLITS, contraction_of, divided, make_mesh, on_dimensions
+from meshes import MESH, SPLITS, contraction_of, divided, make_mesh, on_dimensions
 from test_values import assert_matches_the_oracle
 
 from grouped_conv_jax import grouped_conv_input_grad, grouped_conv_kernel_grad

@@ -10,7 +10,7 @@ from jax import export
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxprs import primitives
-from test_partition import MESH, assert_local, assert_right, divided
+from meshes import MESH, assert_local, assert_right, divided
 
 from grouped_conv_jax import grouped_conv, grouped_conv_transpose
 

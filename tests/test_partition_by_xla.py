@@ -9,11 +9,11 @@ import oracle
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_partition import dense, make_mesh
+from meshes import dense, make_mesh
 from test_values import assert_matches_the_oracle, value_and_gradients
 
-# Where XLA cannot ask. Left alone it miscomputes some shardings, of features and of rows above all,
-# so that each device computes all.
+# XLA cannot ask in these programs. Of exported ones it divides what it divides rightly. Under
+# partly manual axes each device computes everything.
 
 SHARDINGS = [P(), P("b"), P(None, "b"), P(None, None, None, "b")]
 
@@ -48,14 +48,14 @@ def partly_manual(mesh, compute, operands):
     ],
     ids=str,
 )
-def test_by_itself_xla_is_given_no_choice(way, groups, specs):
+def test_xla_by_itself_is_right(way, groups, specs):
     assert_right_by(way, groups, *specs)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", [exported, partly_manual])
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_by_itself_xla_is_given_no_choice_for_any_sharding(way, groups):
+def test_xla_by_itself_is_right_for_any_sharding(way, groups):
     for lhs, out in itertools.product(SHARDINGS, SHARDINGS):
         for rhs in (P(), P(None, None, "b"), P(None, None, None, "b")):
             assert_right_by(way, groups, lhs, rhs, out)

@@ -3,7 +3,7 @@
 import pytest
 from cases import any_implementation
 from jax.sharding import PartitionSpec as P
-from test_partition import CONTRACTIONS, MESH, assert_right, dense, make_mesh, sent
+from meshes import CONTRACTIONS, MESH, assert_right, dense, make_mesh, sent
 
 # Rows on several devices.
 

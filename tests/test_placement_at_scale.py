@@ -1,7 +1,7 @@
 """The figures of training steps compiled for TPU topologies, and the page that is made of them.
 
-Compiling them takes an hour, so that what is tested is the committed result file, the lowering, and
-one small net that is compiled.
+Compiling them takes an hour, so that these tests read the committed result file, and lower one net
+without compiling it.
 """
 
 import dataclasses

@@ -12,7 +12,7 @@ from cases import any_implementation, each_case, random
 from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxprs import convolutions
-from test_partition import MESH, assert_local, divided, sent
+from meshes import MESH, assert_local, divided, sent
 from test_transformations import assert_equal_derivatives, derivatives, operands
 from test_values import assert_matches_the_oracle, value_and_gradients
 from test_vmap import SUBSETS, check_subsets, masked

@@ -13,11 +13,11 @@ import pytest
 from cases import Case, any_implementation
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_partition import (
+from meshes import (
+    CONTRACTIONS,
     DIVIDED,
     SOME,
     SPLITS,
-    TRANSFORMED,
     assert_right,
     contraction_of,
     dense,
@@ -26,6 +26,7 @@ from test_partition import (
     random_spec,
     resized,
 )
+from test_partition import TRANSFORMED
 from test_values import value_and_gradients
 
 from grouped_conv_jax import partition
@@ -50,6 +51,17 @@ KINDS_OF_GROUPS = {
     "one tap": dense("one tap", (8, 6, 5, 32), (1, 1, 16, 64), groups=2),
     "one position": dense("one position", (8, 3, 3, 32), (3, 3, 16, 64), groups=2, padding="VALID"),
     "one example": dense("one example", (1, 6, 5, 32), (3, 3, 16, 64), groups=2),
+    "many taps": Case(
+        "many taps",
+        (1, 200, 32),
+        (150, 16, 32),
+        {
+            "window_strides": (1,),
+            "padding": "SAME",
+            "dimension_numbers": ("NWC", "WIO", "NWC"),
+            "feature_group_count": 2,
+        },
+    ),
     "large kernel": dense("large kernel", (4, 8, 8, 16), (5, 5, 4, 16), groups=4),
     "sparse": dense(
         "sparse", (4, 8, 8, 16), (3, 3, 4, 16), groups=4, window_strides=(4, 2), rhs_dilation=(2, 1)
@@ -174,7 +186,7 @@ def test_what_xla_is_wrong_about_is_kept_from_it(fault):
     shardings = [NamedSharding(mesh, spec) for spec in specs]
     operands = case.random()
     placed = [jax.device_put(x, s) for x, s in zip(operands, shardings, strict=True)]
-    at = ("fprop", "dgrad", "wgrad").index(contraction)
+    at = CONTRACTIONS.index(contraction)
     result = {"dgrad": shardings[0], "wgrad": shardings[1]}[contraction]
     function = contraction_of(case, contraction, implementation)
     actual = jax.jit(function, out_shardings=result)(*placed)

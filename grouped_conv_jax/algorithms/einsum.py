@@ -5,7 +5,7 @@ weights of that tap. The output and the input gradient are sums of those product
 the kernel gradient each product is the gradient of one tap.
 
 XLA's partitioner divides these correctly where it miscomputes convolutions (see `xla_partition`).
-On one device they are seldom the fastest, and are computed only if they are asked for.
+On one device they are seldom the fastest.
 """
 
 import itertools
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from grouped_conv_jax import costs
 from grouped_conv_jax.phases import (
     Dimension,
     dimensions,
@@ -37,6 +38,13 @@ def supports(contraction: Contraction, spec: ConvSpec, platform: str) -> str | N
     if taps > MOST_TAPS:
         return f"it has a matrix product for each tap: at most {MOST_TAPS} taps, got {taps}"
     return None
+
+
+def seconds(contraction: Contraction, spec: ConvSpec) -> float:
+    """Returns what products with a batch dimension take on a CPU: the narrower, the slower."""
+    rate = min(60e9, 0.3e9 * min(spec.group_width))
+    taps = math.prod(spec.spatial_shape("rhs"))
+    return costs.CALL * taps + costs.flops(spec) / rate
 
 
 def fprop(lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
