@@ -239,11 +239,7 @@ class JaxTraining:
 
         def loss(params, rest, images, labels, key):
             params, images = jax.tree.map(lambda x: x.astype(task.dtype), (params, images))
-            net = nnx.merge(graphdef, params, rest, copy=True)
-            scores = logits(net, images, key).astype(jnp.float32)
-            losses = optax.softmax_cross_entropy_with_integer_labels(scores, labels)
-            _, _, rest = nnx.split(net, nnx.Param, ...)
-            return jnp.mean(losses), rest
+            return mean_loss(nnx.merge(graphdef, params, rest, copy=True), images, labels, key)
 
         def step(state: State, images: jax.Array, labels: jax.Array):
             key = jax.random.fold_in(jax.random.key(0), state.step)
@@ -342,6 +338,15 @@ def logits(net: Any, images: jax.Array, key: jax.Array) -> jax.Array:
     if isinstance(net, AlexNet):
         return net(images, dropout_keys=jax.random.split(key, len(images)))
     return net(images)
+
+
+def mean_loss(
+    net: nnx.Module, images: jax.Array, labels: jax.Array, key: jax.Array
+) -> tuple[jax.Array, Any]:
+    """Returns the loss of a model in training, and its state other than the parameters."""
+    scores = logits(net, images, key).astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(scores, labels)
+    return jnp.mean(losses), nnx.split(net, nnx.Param, ...)[2]
 
 
 def table(results: Sequence[dict[str, Any]], environment: dict[str, Any]) -> Table:

@@ -1,6 +1,6 @@
-"""A training step of ResNeXt, MobileNet or ConvNeXt with the examples divided among devices.
+"""Training steps of ResNeXt, MobileNet and ConvNeXt with the examples divided among devices.
 
-The step is lowered for arrays that are not there, for any devices, those of a topology too.
+They are lowered for shapes and not for arrays, so that the devices may be those of a topology.
 """
 
 from typing import Literal
@@ -8,7 +8,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import optax
-from benchmark_models import MODELS, ModelName, build, logits
+from benchmark_models import MODELS, ModelName, build, mean_loss
 from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -41,14 +41,11 @@ def lower_step(
         def loss(params, rest):
             cast, inputs = jax.tree.map(lambda x: x.astype(dtype), (params, images))
             if is_local:
-                # Here, and not where it is used: else the gradient of what is broadcast to the
-                # examples is summed over the devices before it is summed over the examples.
+                # A parameter that becomes varying where it is broadcast to the examples has the
+                # gradients of all examples summed over the devices, each as large as the images.
                 cast = jax.tree.map(lambda x: lax.pcast(x, DATA, to="varying"), cast)
             net = nnx.merge(graphdef, cast, rest, copy=True)
-            scores = logits(net, inputs, key).astype(jnp.float32)
-            losses = optax.softmax_cross_entropy_with_integer_labels(scores, labels)
-            rest = nnx.split(net, nnx.Param, ...)[2]
-            mean = jnp.mean(losses)
+            mean, rest = mean_loss(net, inputs, labels, key)
             if is_local:
                 mean, rest = lax.pmean(mean, DATA), jax.tree.map(_average, rest)
             return mean, rest

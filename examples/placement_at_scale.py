@@ -1,4 +1,4 @@
-"""What training steps exchange, hold and compute on TPUs from 4 chips to 256: compiled, not run.
+"""Compiles training steps for TPUs of 4 to 256 chips, and tabulates what each chip does in them.
 
 python examples/placement_at_scale.py
 python examples/placement_at_scale.py --nets alexnet --topologies v5e:4x4 --dtypes float32
@@ -7,13 +7,13 @@ python examples/placement_at_scale.py --page-only
 The steps of AlexNet, with its towers on different chips, and of ResNeXt-50, MobileNet and
 ConvNeXt-T, with their examples on different chips, are compiled ahead of time for TPUs that are not
 there. This needs libtpu (pip install "jax[tpu]"), one to four minutes for each program, and no TPU.
-What was compiled before is kept in a JSON file and not compiled again; the page is made from the
-file.
+A JSON file keeps the figures, so that no program is compiled twice. The page is made from the file.
 """
 
 import dataclasses
 import json
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +23,8 @@ import data_parallel
 import jax
 import numpy as np
 import tyro
+from benchmark_models import MODELS, ModelName
+from data_parallel import DataPlacement
 from jax.sharding import AxisType, Mesh
 
 from alexnet.augmentation import Preprocessing
@@ -35,24 +37,46 @@ from grouped_conv_jax.models import AlexNetConfig
 from grouped_conv_jax.placement import placement_report
 from grouped_conv_jax.towers import DATA, GROUP, make_mesh
 
-NetName = Literal["alexnet", "resnext50", "mobilenet", "convnext_tiny"]
-PlacementName = Literal["jit", "shard_map"]
 DtypeName = Literal["bfloat16", "float32"]
 
 ROOT = Path(__file__).parent.parent
-TITLES: dict[NetName, str] = {
-    "alexnet": "AlexNet of two towers",
-    "resnext50": "ResNeXt-50 32x4d",
-    "mobilenet": "MobileNet v1",
-    "convnext_tiny": "ConvNeXt-T",
+
+
+@dataclasses.dataclass(frozen=True)
+class Net:
+    """One network of the page.
+
+    Attributes:
+      examples: images on each device of the axis "data".
+      text: the paragraph above its table.
+    """
+
+    examples: int
+    text: str
+
+
+NETS: dict[ModelName, Net] = {
+    "alexnet": Net(
+        128,
+        "The net of the paper, for images of 224 pixels. There are 128 images on each device of "
+        "the axis `data`. The two towers are on the axis `group`, so that each of its two devices "
+        "has half of the work. Under `shard_map` gradients are summed in float32, and under `jit` "
+        "in the dtype of the computation. Under `jit` XLA gathers the inputs of conv3 and of fc7 "
+        "a second time for the backward pass. In float32 XLA sends the features between the "
+        "towers as bfloat16, in which it multiplies them.",
+    ),
+    "resnext50": Net(
+        32,
+        "There are 32 images of 224 pixels on each device. Under `jit` the statistics of batch "
+        "normalisation are those of the whole batch, whose sums come on top of the gradients. "
+        "Under `shard_map` each device has its own, and the running averages are averaged.",
+    ),
+    "mobilenet": Net(
+        32,
+        "There are 32 images of 224 pixels on each device. Batch normalisation is as in ResNeXt.",
+    ),
+    "convnext_tiny": Net(32, "There are 32 images of 224 pixels on each device."),
 }
-EXAMPLES: dict[NetName, int] = {
-    "alexnet": 128,
-    "resnext50": 32,
-    "mobilenet": 32,
-    "convnext_tiny": 32,
-}
-"""Images on each device of the axis "data"."""
 
 IMAGE_SHAPE = (256, 256, 3)
 """AlexNet's images before they are cropped to 224 pixels, as in the paper."""
@@ -62,17 +86,17 @@ IMAGE_SHAPE = (256, 256, 3)
 class Options:
     """Compiles training steps for TPU topologies, and tabulates what each chip does."""
 
-    nets: tuple[NetName, ...] = get_args(NetName)
+    nets: tuple[ModelName, ...] = get_args(ModelName)
     """The networks."""
 
     topologies: tuple[str, ...] = ("v5e:2x2", "v5e:4x4", "v6e:2x4", "v5p:2x2x2", "v5e:16x16")
-    """The TPUs: a generation, and how its chips are arranged."""
+    """The TPUs. A name is a generation, and how its chips are arranged."""
 
-    placements: tuple[PlacementName, ...] = get_args(PlacementName)
-    """How a network comes to its devices: by XLA's partitioner, or as the program of each."""
+    placements: tuple[DataPlacement, ...] = get_args(DataPlacement)
+    """Who divides a network: XLA's partitioner (jit), or the network's own program (shard_map)."""
 
     dtypes: tuple[DtypeName, ...] = get_args(DtypeName)
-    """What is computed in; parameters are float32."""
+    """The dtypes to compute in. Parameters are float32."""
 
     page_only: bool = False
     """Write the page from the figures that there are, and compile nothing."""
@@ -86,14 +110,16 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One program: a network's training step for some devices of a topology."""
+    """The training step of a network for the first devices of a topology.
 
-    net: NetName
+    The steps of one device are there to compare the others with.
+    """
+
+    net: ModelName
     topology: str
-    placement: PlacementName
+    placement: DataPlacement
     dtype: DtypeName
     devices: int
-    """How many of the topology's devices it uses; 1 is what the others are compared with."""
 
 
 def main() -> None:
@@ -136,7 +162,7 @@ def generation(topology: str) -> str:
     return topology.partition(":")[0]
 
 
-# What is compiled.
+# Compiling.
 
 
 def figures(step: Step) -> dict[str, Any]:
@@ -150,7 +176,7 @@ def figures(step: Step) -> dict[str, Any]:
         "jax": jax.__version__,
         "device_kind": devices[0].device_kind,
         "mesh": dict(mesh.shape),
-        "examples": EXAMPLES[step.net],
+        "examples": NETS[step.net].examples,
         "collectives": {
             axis: dict(Counter(c.kind for c in found if c.axes == (axis,))) for axis in mesh.shape
         },
@@ -165,7 +191,7 @@ def figures(step: Step) -> dict[str, Any]:
 
 
 def alexnet(step: Step, devices: Sequence[Any]) -> tuple[Any, Any, Mesh]:
-    """The paper's net, its two towers on two devices."""
+    """Compiles the step of the paper's net, with its two towers on two devices."""
     config = AlexNetConfig.paper(towers=2)
     group = min(2, step.devices)
     mesh = make_mesh(step.devices // group, group, devices)
@@ -180,7 +206,7 @@ def alexnet(step: Step, devices: Sequence[Any]) -> tuple[Any, Any, Mesh]:
         seed=0,
         placement=step.placement,
     )
-    batch = EXAMPLES["alexnet"] * mesh.shape[DATA]
+    batch = NETS["alexnet"].examples * mesh.shape[DATA]
     compiled = trainer.lower(batch, IMAGE_SHAPE).compile()
     report = training_report(
         trainer,
@@ -195,12 +221,11 @@ def alexnet(step: Step, devices: Sequence[Any]) -> tuple[Any, Any, Mesh]:
 
 
 def others(step: Step, devices: Sequence[Any]) -> tuple[Any, Any, Mesh]:
-    """A net whose examples are divided among all devices."""
+    """Compiles the step of a net whose examples are divided among all devices."""
     mesh = Mesh(np.array(devices), (DATA,), axis_types=(AxisType.Auto,))
-    examples = EXAMPLES[step.net]
-    compiled = data_parallel.lower_step(
-        step.net, step.dtype, mesh, step.placement, examples
-    ).compile()
+    examples = NETS[step.net].examples
+    lowered = data_parallel.lower_step(step.net, step.dtype, mesh, step.placement, examples)
+    compiled = lowered.compile()
     needed = data_parallel.exchanges(step.net, step.dtype, step.devices)
     return compiled, placement_report(compiled, mesh, exchanges=needed), mesh
 
@@ -212,9 +237,10 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
     """Returns the Markdown file."""
     versions = ", ".join(sorted({row["jax"] for row in rows}))
     parts = [TEXT.format(versions=versions)]
-    for net, title in TITLES.items():
-        if of_net := [row for row in rows if row["net"] == net]:
-            parts.append(f"## {title}\n\n{NETS[net]}\n\n{table(of_net)}\n")
+    for name, net in NETS.items():
+        if of_net := [row for row in rows if row["net"] == name]:
+            text = textwrap.fill(net.text, 100)
+            parts.append(f"## {MODELS[name].title}\n\n{text}\n\n{table(of_net)}\n")
     return "\n".join(parts)
 
 
@@ -266,39 +292,26 @@ def share(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     return ""
 
 
-NETS: dict[NetName, str] = {
-    "alexnet": (
-        "The paper's 224-pixel net, 128 images on each device of the axis `data`, its towers on "
-        "the axis `group`: with two devices each has half of the work. Under `shard_map` gradients "
-        "are summed in float32, under `jit` in the dtype of the computation; there XLA gathers "
-        "the input of conv3 and of fc7 a second time for the backward pass. In float32 XLA sends "
-        "the features between the towers as bfloat16, in which it multiplies them."
-    ),
-    "resnext50": (
-        "32 images on each device, 224 pixels. Under `jit` the statistics of batch normalisation "
-        "are those of the whole batch: they are the sums beyond the gradients. Under `shard_map` "
-        "each device has its own, and their running averages are averaged."
-    ),
-    "mobilenet": "32 images on each device, 224 pixels; batch normalisation as in ResNeXt-50.",
-    "convnext_tiny": "32 images on each device, 224 pixels.",
-}
-
 TEXT = """\
 # Placement at scale
 
-What one device of a TPU exchanges, holds and computes in a training step, from 4 chips to 256. The
-programs were compiled ahead of time with XLA:TPU on a CPU (jax {versions}), and nothing was run.
-They are whole steps: forward, backward, and the update by SGD with momentum. Made by
+This page shows what one device of a TPU exchanges, holds and computes in a training step, for 4 to
+256 chips. A step is the forward pass, the backward pass, and the update by SGD with momentum. The
+steps were compiled ahead of time with XLA:TPU on a CPU (jax {versions}), and nothing was run. This
+command compiles them, and those for any other topology:
 
 ```sh
 python examples/placement_at_scale.py
 ```
 
-which compiles for any other topology too. Bytes are those that go into or come out of a device in
-the collectives, whichever is more: "computed" is what must be exchanged, from the figures of the
-layers alone, and "compiled" is what the program exchanges. Arguments are the parameters, the
-momentum and the batch; temporaries are activations and gradients. FLOPs are XLA's own count; "of
-one device" compares them with those of one device that has the same number of images to itself.
+The columns of the tables:
+
+- "bytes computed" must be exchanged, by the figures of the layers alone. "Bytes compiled" are
+  exchanged by the program. Both count what goes into or comes out of a device, whichever is more.
+- "arguments" are the parameters, the momentum and the batch. "Temporaries" are activations and
+  gradients.
+- "GFLOP" is XLA's own count for one device. "Of one device" divides it by the count for a device
+  that has the same number of images to itself.
 """
 
 

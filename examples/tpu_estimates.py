@@ -1,4 +1,4 @@
-"""What XLA:TPU estimates for each implementation of well-known convolutions: compiled, not run.
+"""Tabulates what XLA:TPU estimates for each implementation of well-known convolutions.
 
 python examples/tpu_estimates.py
 python examples/tpu_estimates.py --topology v6e:2x2 --page v6e.md --results v6e.json
@@ -32,11 +32,13 @@ from grouped_conv_jax.spec import OPERANDS
 ROOT = Path(__file__).parent.parent
 
 COMPARED = ("xla", "lax", "dense", "einsum", "packed")
-"""Implementations without loops, of which XLA would estimate one round; "vmap" becomes "xla"."""
+"""The implementations to compile. The others have loops, of which XLA estimates one round only, or
+become the program of one of these.
+"""
 
 
 LARGER = ("resnext_s1@32", "resnext_s2_stride2@32", "resnext101_32x8d_s1@32")
-"""Narrow groups in larger batches, for which the estimates are in another order."""
+"""Larger batches change the order of the estimates for narrow groups."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,20 +166,20 @@ def page(about: dict[str, Any], results: Sequence[dict[str, Any]]) -> str:
 TEXT = """\
 # XLA:TPU's estimates
 
-The twelve convolutions of the benchmark in bfloat16, each contraction compiled for one {kind}
-({topology}, jax {jax}) by each implementation. **These are the compiler's own figures, not those of
-a stopwatch: nothing was run.** Cycles are what XLA:TPU's cost model expects of each step of the
-program, added up. In bold is what is chosen automatically. Implementations with loops are left out,
-since XLA estimates one round of a loop only.
+This page compares the implementations of the benchmark's twelve convolutions in bfloat16. Each
+contraction was compiled for one {kind} ({topology}, jax {jax}) by each implementation. **These are
+the compiler's own figures, and not those of a stopwatch: nothing was run.** "Kilocycles" is the sum
+of the cycles that XLA:TPU's cost model expects of each step of the program. The automatic choice is
+in bold. Implementations with loops are left out, since XLA estimates only one round of a loop.
 
-`"einsum"` has lower estimates for narrow groups of few large images, and higher ones for larger
-batches ("@32": of 32 images) and smaller images, so that it is not chosen.
+`"einsum"` has lower estimates for narrow groups in small batches of large images. Its advantage
+shrinks, or turns round, in larger batches ("@32" has 32 images). It is not chosen automatically.
 
 `"packed"` multiplies the zeros between the groups as well, and has the lowest estimates for narrow
 groups of large images. It is not chosen unasked, since infinities and NaNs of one group spoil its
 neighbours.
 
-Made by
+This command makes the page:
 
 ```sh
 python examples/tpu_estimates.py

@@ -158,9 +158,8 @@ def compile_only(config: TrainConfig, topology: str) -> None:
     except (ValueError, RuntimeError) as error:
         raise UsageError(f"--compile-only: {error}") from error
     mesh, dataset, net = load(config, devices)
-    channels = dataset.channels
     # The statistics of the images are constants of the program: their values do not matter.
-    trainer = new_trainer(config, dataset, net, mesh, Preprocessing.neutral(channels))
+    trainer = new_trainer(config, dataset, net, mesh, Preprocessing.neutral(dataset.channels))
     try:
         compiled = trainer.lower(config.recipe.batch_size, dataset.train.shape).compile()
     except NotImplementedError as error:

@@ -83,8 +83,8 @@ def divided(
     """Returns the contraction as the devices that it is lowered for compute it together.
 
     Args:
-      compute: the contraction of a spec.
-      contraction: which one.
+      compute: computes the contraction of a spec.
+      contraction: the contraction.
       spec: the whole convolution.
       platform: the platform of the devices.
       key: what else `compute` depends on, for compilation caches.

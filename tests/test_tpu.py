@@ -1,7 +1,7 @@
-"""Programs compiled for TPUs that are not there: what devices exchange, and how much they compute.
+"""Programs for TPUs that are not there: what devices exchange, and how much they compute.
 
-libtpu compiles for the topology of a TPU on any CPU. Nothing can be run, so the values are those of
-test_xla_partition.py and test_explicit.py, on CPU devices.
+libtpu compiles for the topology of a TPU on any CPU. Nothing can be run. test_xla_partition.py and
+test_explicit.py check the values of the same programs on CPU devices.
 """
 
 import functools

@@ -316,10 +316,8 @@ class TrainConfig:
         # Of this process and of this start, not of the run.
         for name in ("run_dir", "resume", "eval_only"):
             del settings[name]
-        for name in (
-            *("compile_only", "distributed", "coordinator"),
-            *("num_processes", "process_id"),
-        ):
+        of_this_process = ("distributed", "coordinator", "num_processes", "process_id")
+        for name in ("compile_only", *of_this_process):
             del settings["devices"][name]
         del settings["work"]["profile_input"]
         text = json.dumps({"settings": settings, **more}, indent=2, default=str)
