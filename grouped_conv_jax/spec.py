@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from grouped_conv_jax.incidence import Incidence, extent, out_size, shortened
+
 Role = Literal["lhs", "rhs", "out"]
 """The three arguments of the trilinear form: the input, the kernel and the output."""
 
@@ -128,15 +130,13 @@ class ConvSpec:
     def out_shape(self) -> tuple[int, ...]:
         batch = self.lhs_shape[self._own_layout("lhs")[0]]
         features = self.rhs_shape[self._own_layout("rhs")[0]]
-        canonical = lax.conv_shape_tuple(
-            (batch, 1, *self.extent("lhs")),
-            (features, 1, *self.extent("rhs")),
-            self.window_strides,
-            self.padding,
+        spatial = map(
+            out_size, self.extent("lhs"), self.extent("rhs"), self.window_strides, self.padding
         )
-        # lax computes them as NumPy integers, but for the symbolic ones.
-        sizes = [int(n) if isinstance(n, np.integer) else n for n in canonical]
-        return tuple(sizes[i] for i in np.argsort(self._own_layout("out")))
+        shape: list[Any] = [None] * len(self.lhs_shape)
+        for d, size in zip(self._own_layout("out"), (batch, features, *spatial), strict=True):
+            shape[d] = size
+        return tuple(shape)
 
     def shape(self, role: Role) -> tuple[int, ...]:
         """Of an array, mapped axes and all."""
@@ -175,9 +175,7 @@ class ConvSpec:
         """Spatial sizes with the gaps filled: those of the dilations, for `out` of the strides."""
         step = {"lhs": self.lhs_dilation, "rhs": self.rhs_dilation, "out": self.window_strides}
         sizes = self.spatial_shape(role)
-        return tuple(
-            0 if n == 0 else 1 + d * (n - 1) for n, d in zip(sizes, step[role], strict=True)
-        )
+        return tuple(map(extent, sizes, step[role]))
 
     @property
     def dgrad_padding(self) -> list[tuple[int, int]]:
@@ -321,6 +319,31 @@ class ConvSpec:
         x = x.reshape(*shape[:dimension], outer, size, inner, *shape[dimension + 1 :])
         x = jnp.moveaxis(x, dimension + 1, dimension)
         return x.reshape(*shape[:dimension], size, outer * inner, *shape[dimension + 1 :])
+
+    def shortened(self) -> "ConvSpec":
+        """The spec with the smallest steps and padding that mean the same (see `incidence`)."""
+        if self.is_symbolic:
+            return self
+        lines = [
+            shortened(Incidence(*line))
+            for line in zip(
+                self.spatial_shape("out"),
+                self.spatial_shape("rhs"),
+                self.spatial_shape("lhs"),
+                self.window_strides,
+                self.rhs_dilation,
+                self.lhs_dilation,
+                (low for low, _ in self.padding),
+                strict=True,
+            )
+        ]
+        return dataclasses.replace(
+            self,
+            window_strides=tuple(line.stride for line in lines),
+            rhs_dilation=tuple(line.rhs_dilation for line in lines),
+            lhs_dilation=tuple(line.lhs_dilation for line in lines),
+            padding=tuple((line.low, line.high) for line in lines),
+        )
 
     def one_group(self) -> "ConvSpec":
         """The dense convolution that each group is."""

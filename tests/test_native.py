@@ -470,7 +470,7 @@ def test_the_handler_checks_ranks_and_types():
         ({"dtype": "float16"}, "it computes float32, float64, bfloat16"),
         ({"dtype": "int32"}, "it computes float32, float64, bfloat16"),
         ({"padding": [(2**30, 0), (0, 0)]}, "a size is 1073741824 or more"),
-        ({"rhs_dilation": (2**22, 1), "padding": [(2**23, 0), (0, 0)]}, "dilated, is too large"),
+        ({"lhs": (1, 4, 2**24, 5), "rhs_dilation": (2**22, 1)}, "dilated, is too large"),
     ],
 )
 def test_what_is_not_supported_is_refused_with_the_reason(arguments, message):

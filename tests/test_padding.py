@@ -27,7 +27,9 @@ def conv(padding, strides=(1, 1), **more):
 
 @pytest.mark.parametrize("mode", NUMPY)
 @pytest.mark.parametrize(
-    "pairs", [((1, 2), (2, 1)), ((9, 0), (0, 11)), ((-1, 2), (2, -1)), ((0, 0), (3, 3))], ids=str
+    "pairs",
+    [((1, 2), (2, 1)), ((9, 0), (0, 11)), ((-1, 2), (2, -1)), ((0, 0), (3, 3)), ((70, 3), (0, 61))],
+    ids=str,
 )
 def test_a_mode_is_what_numpy_pads_with(mode, pairs):
     cropped = X[:, max(0, -pairs[0][0]) :, : 4 + min(0, pairs[1][1])]

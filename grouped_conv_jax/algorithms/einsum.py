@@ -24,6 +24,7 @@ from grouped_conv_jax.phases import (
     each_read,
     interleave,
     padded,
+    phase_count,
 )
 from grouped_conv_jax.spec import Contraction, ConvSpec
 
@@ -37,6 +38,9 @@ def supports(contraction: Contraction, spec: ConvSpec, platform: str) -> str | N
     taps = math.prod(spec.spatial_shape("rhs"))
     if taps > MOST_TAPS:
         return f"it has a matrix product for each tap: at most {MOST_TAPS} taps, got {taps}"
+    phases = phase_count(contraction, spec)
+    if contraction != "wgrad" and phases > MOST_TAPS:
+        return f"it computes each phase of the strides: at most {MOST_TAPS} phases, got {phases}"
     return None
 
 

@@ -1,11 +1,12 @@
 """Arguments in canonical form, and what is wrong with them refused before any work.
 
 Everything that users get wrong is checked here with a message that names the argument, both
-numbers and the mend. What remains is put to `jax.lax.conv_general_dilated` in the abstract, so
-that nothing is accepted that lax refuses.
+numbers and the mend. The dtypes and the precision are put to `jax.lax.conv_general_dilated` in the
+abstract, so that none is accepted that lax refuses.
 """
 
 import functools
+import math
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -16,6 +17,14 @@ import numpy as np
 from jax import lax
 from jax.core import ShapedArray
 from jax.sharding import AbstractMesh
+
+from grouped_conv_jax.spec import ConvSpec, Role
+
+LARGEST = 2**31 - 1
+"""The largest step, and the largest dimension of a result that is larger than its operand's."""
+
+MOST_TRIED = 10_000
+"""Messages list divisors up to this one."""
 
 
 def group_count(name: str, value: Any) -> int:
@@ -122,29 +131,86 @@ def check_divides(name: str, count: int, what: str, size: int) -> None:
 
 
 def does_not_divide(name: str, count: int, what: str, size: int) -> str:
-    divisors = [d for d in range(1, size + 1) if size % d == 0]
+    divisors = [d for d in range(1, min(size, MOST_TRIED) + 1) if size % d == 0]
     listed = ", ".join(map(str, divisors[:16])) + (", ..." if len(divisors) > 16 else "")
     return f"{name}={count} does not divide {what} ({size}); divisors: {listed}"
 
 
-def result_in_lax(
-    lhs_shape: Sequence[Any], rhs_shape: Sequence[Any], dtype: np.dtype, **arguments: Any
-) -> jax.ShapeDtypeStruct:
-    """The result that `jax.lax.conv_general_dilated` gives, if it takes the arguments.
+def result_dtype(dtype: np.dtype, precision: Any, preferred_element_type: Any) -> np.dtype:
+    """Returns the dtype that `jax.lax.conv_general_dilated` gives its result.
 
-    Cached, since outside jit it would be most of the cost of a call.
+    Raises:
+      ValueError, TypeError: lax does not take such a precision or such dtypes.
     """
+    # What a preferred_element_type means depends on this, so it is part of the key.
     x64 = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
-    return _result_in_lax(tuple(lhs_shape), tuple(rhs_shape), dtype, x64, **arguments)
+    return _result_dtype_in_lax(dtype, precision, element_type(preferred_element_type), x64)
 
 
-@functools.lru_cache(maxsize=1024)
-def _result_in_lax(lhs_shape, rhs_shape, dtype, x64, **arguments) -> jax.ShapeDtypeStruct:
-    # What a preferred_element_type means is decided by `x64`, so it is part of the key.
+@functools.lru_cache(maxsize=1024)  # Outside jit it would be most of the cost of a call.
+def _result_dtype_in_lax(
+    dtype: np.dtype, precision: Any, element_type: np.dtype | None, x64: bool
+) -> np.dtype:
     del x64
-    operands = [jax.ShapeDtypeStruct(shape, dtype) for shape in (lhs_shape, rhs_shape)]
+    convolve = functools.partial(
+        lax.conv_general_dilated,
+        window_strides=(),
+        padding=(),
+        precision=precision,
+        preferred_element_type=element_type,
+    )
     with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
-        return jax.eval_shape(functools.partial(lax.conv_general_dilated, **arguments), *operands)
+        return jax.eval_shape(convolve, *[jax.ShapeDtypeStruct((1, 1), dtype)] * 2).dtype
+
+
+def checked(spec: ConvSpec, result: Role) -> ConvSpec:
+    """Returns a spec with its steps and padding written as short as they can be.
+
+    Args:
+      spec: the convolution with the numbers that the caller gave.
+      result: the array that the operation computes.
+
+    Raises:
+      ValueError: the numbers are too large to be computed with.
+    """
+    for role in ("lhs", "rhs", "out"):
+        check_bytes(role if role != result else "the result", spec.shape(role), spec.dtype)
+    if spec.is_symbolic:
+        return spec
+    for i, size in enumerate(spec.spatial_shape(result)):
+        given = [spec.spatial_shape(role)[i] for role in ("lhs", "out") if role != result]
+        if size > max(LARGEST, *given):
+            raise ValueError(
+                f"the result would have shape {spec.shape(result)}; a dimension that grows may "
+                f"have at most {LARGEST} positions"
+            )
+    short = spec.shortened()
+    if max((*short.window_strides, *short.lhs_dilation, *short.rhs_dilation), default=1) > LARGEST:
+        raise ValueError(
+            f"the strides {spec.window_strides}, the dilation {spec.lhs_dilation} of lhs and the "
+            f"dilation {spec.rhs_dilation} of rhs are too large to be computed together; give "
+            f"numbers of at most {LARGEST}"
+        )
+    return short
+
+
+def check_crops(padding: Sequence[tuple[Any, Any]], extents: Sequence[Any]) -> None:
+    """Raises ValueError if negative padding crops more than the positions that there are."""
+    for i, ((low, high), size) in enumerate(zip(padding, extents, strict=True)):
+        if isinstance(size + low + high, int) and size + low + high < 0:
+            raise ValueError(
+                f"padding {(low, high)} crops more than the {size} positions of spatial dimension "
+                f"{i}"
+            )
+
+
+def check_bytes(what: str, shape: Sequence[Any], dtype: np.dtype) -> None:
+    """Raises ValueError if an array is larger than 64 bits can address."""
+    if not all(isinstance(n, int) for n in shape):
+        return
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if size >= 2**63:
+        raise ValueError(f"{what} would have shape {tuple(shape)}, which are {size} bytes")
 
 
 def windows(rhs_shape: Sequence[Any], numbers: Any, dilation: Sequence[int]) -> list[Any]:

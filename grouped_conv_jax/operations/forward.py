@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from grouped_conv_jax.explicit import untyped
 from grouped_conv_jax.operations import arguments
 from grouped_conv_jax.operations.padding import Extension, resolved
-from grouped_conv_jax.spec import ConvSpec
+from grouped_conv_jax.spec import ConvSpec, Role
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +61,11 @@ def forward(
     batch_group_count: Any = 1,
     precision: Any = None,
     preferred_element_type: Any = None,
+    *,
+    result: Role = "out",
 ) -> Forward:
-    """Arguments as in `grouped_conv`; of `lhs` and `rhs` the types will do.
+    """Arguments as in `grouped_conv`; of `lhs` and `rhs` the types will do. `result` is the array
+    that the operation computes.
 
     Raises:
       ValueError, TypeError: an argument is wrong; the message says which and how to mend it.
@@ -96,25 +99,11 @@ def forward(
     )
     lhs_shape = extended.shape(lhs.shape)
     precision = arguments.precision(precision)
-    result = arguments.result_in_lax(
-        lhs_shape,
-        rhs.shape,
-        lhs.dtype,
-        window_strides=strides,
-        # It refuses symbolic ones, which the dtype does not depend on.
-        padding=tuple(p if all(isinstance(n, int) for n in p) else (0, 0) for p in pairs),
-        lhs_dilation=lhs_dilation,
-        rhs_dilation=rhs_dilation,
-        dimension_numbers=numbers,
-        feature_group_count=groups,
-        precision=precision,
-        preferred_element_type=arguments.element_type(preferred_element_type),
-    )
     spec = ConvSpec(
         lhs_shape=lhs_shape,
         rhs_shape=rhs.shape,
         dtype=lhs.dtype,
-        wide_dtype=result.dtype,
+        wide_dtype=arguments.result_dtype(lhs.dtype, precision, preferred_element_type),
         window_strides=strides,
         padding=pairs,
         lhs_dilation=lhs_dilation,
@@ -123,7 +112,8 @@ def forward(
         feature_group_count=groups,
         precision=precision,
     )
-    return Forward(spec, rearrange, extended)
+    arguments.check_crops(pairs, spec.extent("lhs"))
+    return Forward(arguments.checked(spec, result), rearrange, extended)
 
 
 def _feature_groups(

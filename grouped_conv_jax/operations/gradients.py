@@ -90,6 +90,7 @@ def grouped_conv_input_grad(
         batch_group_count,
         precision,
         preferred_element_type,
+        result="lhs",
     )
     given = _checked_cotangent(cotangent, call)
     wanted = inner = None
@@ -192,6 +193,7 @@ def grouped_conv_kernel_grad(
         batch_group_count,
         precision,
         preferred_element_type,
+        result="rhs",
     )
     given = _checked_cotangent(cotangent, call)
     prepared = call.prepared(lhs)

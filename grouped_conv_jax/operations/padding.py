@@ -5,7 +5,6 @@ the input is extended, and the convolution pads what is left with zeros, or crop
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from grouped_conv_jax.explicit import untyped
-from grouped_conv_jax.operations.arguments import integer
+from grouped_conv_jax.operations.arguments import LARGEST, integer
 
 PaddingLike = str | Sequence[Any]
 """A string for all spatial dimensions, or for each of them a pair (low, high), a string, or a mode
@@ -25,6 +24,10 @@ with its pair, such as ("REFLECT", (1, 2))."""
 
 MODES = {"CIRCULAR": "wrap", "REFLECT": "reflect", "REPLICATE": "edge"}
 """What there is beyond the ends but zeros, and what `jax.numpy.pad` calls it."""
+
+
+MOST_ROUNDS = 8
+"""The largest extension, in sizes of the input, that is put together from copies of the input."""
 
 
 class Geometry(NamedTuple):
@@ -54,16 +57,13 @@ Amounts = Callable[[Geometry], tuple[Any, Any]]
 
 def _same(dimension: Geometry, padding: str) -> tuple[Any, Any]:
     size, window, stride, _ = dimension
-    is_known = isinstance(size, int) and isinstance(window, int)
-    return (_same_in_lax if is_known else _same_in_lax.__wrapped__)(size, window, stride, padding)
-
-
-@functools.lru_cache(maxsize=1024)
-def _same_in_lax(size: Any, window: Any, stride: int, padding: str) -> tuple[Any, Any]:
-    # Cached, since outside jit it would be a quarter of the cost of a call.
-    (pair,) = lax.padtype_to_pads((size,), (window,), (stride,), padding)
-    low, high = (int(n) if isinstance(n, np.integer) else n for n in pair)
-    return low, high
+    if not (isinstance(size, int) and isinstance(window, int)):
+        (pair,) = lax.padtype_to_pads((size,), (window,), (stride,), padding)
+        return pair
+    outputs = -(-size // stride)
+    total = max(0, (outputs - 1) * stride + window - size)
+    low = total // 2 if padding == "SAME" else total - total // 2
+    return low, total - low
 
 
 def _same_upper(dimension: Geometry) -> tuple[Any, Any]:
@@ -248,7 +248,8 @@ class Extension:
                 # In pieces: XLA talks over devices about what is sharded otherwise in jax.numpy's.
                 first = lax.slice_in_dim(x, 0, 1, axis=dimension)
                 last = lax.slice_in_dim(x, size - 1, size, axis=dimension)
-                x = jnp.concatenate([*[first] * before, x, *[last] * after], dimension)
+                edges = _repeated(first, before, dimension), _repeated(last, after, dimension)
+                x = jnp.concatenate([edges[0], x, edges[1]], dimension)
                 continue
             if mode == "CIRCULAR" and not isinstance(size, int):
                 # jax.numpy asks how often it goes round, which a symbolic size does not tell.
@@ -256,10 +257,30 @@ class Extension:
                 first = lax.slice_in_dim(x, 0, after, axis=dimension)
                 x = jnp.concatenate([last, x, first], dimension)
                 continue
+            if isinstance(size, int) and before + after > MOST_ROUNDS * size:
+                # jax.numpy puts copies of the whole beside each other, one by one.
+                x = jnp.take(x, _sources(mode, size, before, after), axis=dimension)
+                continue
             widths: list[tuple[Any, Any]] = [(0, 0)] * x.ndim
             widths[dimension] = before, after
             x = jnp.pad(x, widths, mode=MODES[mode])
         return x
+
+
+def _repeated(edge: jax.Array, times: int, dimension: int) -> jax.Array:
+    shape = (*edge.shape[:dimension], times, *edge.shape[dimension + 1 :])
+    return jnp.broadcast_to(edge, shape)
+
+
+def _sources(mode: str, size: int, before: int, after: int) -> jax.Array:
+    """Returns the element that stands at each position of the extended array."""
+    positions = lax.iota(np.int32, before + size + after) - before
+    if mode == "CIRCULAR":
+        return positions % size
+    # There and back again, without the edges twice.
+    period = max(1, 2 * (size - 1))
+    there = positions % period
+    return jnp.minimum(there, period - there)
 
 
 def resolved(
@@ -302,6 +323,11 @@ def extension(
                 )
             if before or after:
                 sides.append((dimension, mode, before, after))
+            if isinstance(size, int) and size + before + after > LARGEST:
+                raise ValueError(
+                    f"padding {mode!r} by {(low, high)} would extend dimension {dimension} of lhs "
+                    f"to {size + before + after} elements; at most {LARGEST} can be repeated"
+                )
             low, high = low - before * step, high - after * step
         left.append((low, high))
     return Extension(tuple(sides)), tuple(left)

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -18,6 +19,9 @@ from grouped_conv_jax.operations import arguments
 from grouped_conv_jax.operations.forward import forward
 from grouped_conv_jax.operations.padding import PaddingLike
 from grouped_conv_jax.spec import ConvSpec
+
+MOST_SLICES = 256
+"""More taps along a dimension are looked up by index, since each slice takes time to compile."""
 
 
 def grouped_conv_patches(
@@ -125,6 +129,10 @@ def extract(lhs: jax.Array, spec: ConvSpec) -> jax.Array:
     features = layout[1]
     for i, axis in reversed(list(enumerate(layout[2:]))):
         stacked = x.ndim - lhs.ndim
+        if spec.spatial_shape("rhs")[i] > MOST_SLICES and not spec.is_symbolic:
+            at = axis + (stacked if axis > features else 0)
+            x = jnp.moveaxis(jnp.take(x, _seen(i, spec), axis=at), at, features + 1)
+            continue
         x = jnp.stack(
             [
                 _window(x, axis + (stacked if axis > features else 0), tap, i, spec)
@@ -133,6 +141,14 @@ def extract(lhs: jax.Array, spec: ConvSpec) -> jax.Array:
             features + 1,
         )
     return x
+
+
+def _seen(dimension: int, spec: ConvSpec) -> jax.Array:
+    """Returns the position that each tap (rows) and each output (columns) sees."""
+    taps, count = spec.spatial_shape("rhs")[dimension], spec.spatial_shape("out")[dimension]
+    taps = lax.iota(np.int32, taps) * np.int32(spec.rhs_dilation[dimension])
+    outputs = lax.iota(np.int32, count) * np.int32(spec.window_strides[dimension])
+    return taps[:, None] + outputs[None]
 
 
 def _room(dimension: int, spec: ConvSpec) -> int:

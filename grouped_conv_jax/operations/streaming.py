@@ -95,6 +95,7 @@ def streaming_conv(
     past = _past(kernel, numbers, rhs_dilation)
     time = numbers.lhs_spec[2]
     shape = (*like.shape[:time], past, *like.shape[time + 1 :])
+    arguments.check_bytes("the state", shape, like.dtype)
     settings = {
         "rhs_dilation": rhs_dilation,
         "dimension_numbers": numbers,
@@ -170,6 +171,7 @@ def streaming_conv_state(
         element_type = kernel.dtype if dtype is None else jnp.dtype(dtype)
     except Exception:  # NumPy raises whatever comes of reading a string as a dtype.
         raise TypeError(f"dtype must be one such as jnp.float32, got {dtype!r}") from None
+    arguments.check_bytes("the state", shape, element_type)
     return jnp.zeros(shape, element_type)
 
 

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 from grouped_conv_jax.algorithms import check_name
 from grouped_conv_jax.contraction import contract
 from grouped_conv_jax.explicit import sharding_of_result, untyped
+from grouped_conv_jax.incidence import extent, out_size
 from grouped_conv_jax.operations import arguments
 from grouped_conv_jax.operations.padding import TRANSPOSED, Geometry, PaddingLike, extension, pads
 from grouped_conv_jax.spec import ConvSpec
@@ -125,33 +126,29 @@ def grouped_conv_transpose(
     extended, pairs = extension(found, sizes, strides, numbers.lhs_spec[2:])
     lhs_shape = extended.shape(lhs_type.shape)
     precision = arguments.precision(precision)
-    result = arguments.result_in_lax(
-        lhs_shape,
-        turned if transpose_kernel else rhs_type.shape,
-        lhs_type.dtype,
-        window_strides=(1,) * rank,
-        padding=pairs,
-        lhs_dilation=strides,
-        rhs_dilation=rhs_dilation,
-        dimension_numbers=numbers,
-        feature_group_count=groups,
-        precision=precision,
-        preferred_element_type=arguments.element_type(preferred_element_type),
-    )
+    outputs = turned if transpose_kernel else rhs_type.shape
+    shape: list[Any] = [None] * (2 + rank)
+    shape[numbers.out_spec[0]] = lhs_shape[numbers.lhs_spec[0]]
+    shape[numbers.out_spec[1]] = outputs[numbers.rhs_spec[0]]
+    extents = list(map(extent, (lhs_shape[d] for d in numbers.lhs_spec[2:]), strides))
+    arguments.check_crops(pairs, extents)
+    for i, d in enumerate(numbers.out_spec[2:]):
+        shape[d] = out_size(extents[i], windows[i], 1, pairs[i])
     spec = ConvSpec(
-        lhs_shape=result.shape,
+        lhs_shape=tuple(shape),
         rhs_shape=rhs_type.shape if transpose_kernel else turned,
         dtype=lhs_type.dtype,
-        wide_dtype=result.dtype,
+        wide_dtype=arguments.result_dtype(lhs_type.dtype, precision, preferred_element_type),
         wide="lhs",
         window_strides=strides,
-        padding=_of_the_convolution(pairs, windows, strides, lhs_shape, result.shape, numbers),
+        padding=_of_the_convolution(pairs, windows, strides, lhs_shape, shape, numbers),
         lhs_dilation=(1,) * rank,
         rhs_dilation=rhs_dilation,
         dimension_numbers=numbers._replace(lhs_spec=numbers.out_spec, out_spec=numbers.lhs_spec),
         feature_group_count=groups,
         precision=precision,
     )
+    spec = arguments.checked(spec, "lhs")
     operands = extended(lhs), rhs if transpose_kernel else _turned(rhs, spec)
     types = jax.typeof(operands[0]), jax.typeof(operands[1])
     sharding = sharding_of_result("dgrad", spec, *types, out_sharding, {"out": "lhs"})
