@@ -16,6 +16,7 @@ from grouped_conv_jax.counting import (
     count_parameters,
 )
 from grouped_conv_jax.explanation import Explanation, explain
+from grouped_conv_jax.jax_rules import convs_saveable
 from grouped_conv_jax.measuring import tune
 from grouped_conv_jax.operations.conv import grouped_conv
 from grouped_conv_jax.operations.gradients import grouped_conv_input_grad, grouped_conv_kernel_grad
@@ -40,6 +41,7 @@ __all__ = [
     "Tuning",
     "__version__",
     "channel_shuffle",
+    "convs_saveable",
     "count_bytes",
     "count_flops",
     "count_multiply_adds",

@@ -27,7 +27,7 @@ from grouped_conv_jax import selection, xla_partition
 from grouped_conv_jax.algorithms import TABLE
 from grouped_conv_jax.devices import DeviceKind
 from grouped_conv_jax.explicit import has_explicit_axes, untyped
-from grouped_conv_jax.partition import divided, requires_devices
+from grouped_conv_jax.partition import bits_of, divided, requires_devices
 from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec, Factor, Role
 from grouped_conv_jax.tuning import active as tuning_of_context
 from grouped_conv_jax.watching import Equation, Watch, watching
@@ -201,7 +201,8 @@ def _lowering_rule(platform: str):
         computation = divided(compute, contraction, spec, platform, key, ctx, note)
         # The type of the result is settled; how it is computed need not be typed as well.
         computation = untyped(computation, ctx.avals_out[0].sharding)
-        return mlir.lower_fun(computation, multiple_results=False)(ctx, *operands)
+        with bits_of(spec):
+            return mlir.lower_fun(computation, multiple_results=False)(ctx, *operands)
 
     return rule
 

@@ -20,7 +20,7 @@ always be said with whole axes.)
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -219,15 +219,32 @@ def _partitioned(
         note(plan.local_spec, None)
 
         def on_device(first: jax.Array, second: jax.Array) -> jax.Array:
-            with _own_contexts(spec):
+            # XLA may ask from another thread, without the contexts of the caller, or from the
+            # caller's, whose Explicit mesh means nothing here.
+            with bits_of(spec), jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
                 return plan.compute(compute, first, second)
 
         shardings = [NamedSharding(mesh, PartitionSpec(*plan.sharded(role))) for role in names]
         return mesh, on_device, shardings[2], tuple(shardings[:2])
 
+    def infer_result(_: Any, operands: Any, result: Any) -> NamedSharding:
+        given: dict[Role, Dimensions] = {
+            role: _decode(x.sharding, len(x.shape), mesh)
+            for role, x in zip(names[:2], operands, strict=True)
+        }
+        given[names[2]] = ((),) * len(result.shape)
+        plan = choose(contraction, spec, given, mesh.shape)
+        return NamedSharding(mesh, PartitionSpec(*plan.sharded(names[2])))
+
     function = custom_partitioning(local)
     rule, sizes = sharding_rule(contraction, spec)
-    function.def_partition(partition, sharding_rule=rule, decode_shardings=False, **sizes)
+    function.def_partition(
+        partition,
+        infer_sharding_from_operands=infer_result,  # For GSPMD; Shardy follows the rule.
+        sharding_rule=rule,
+        decode_shardings=False,
+        **sizes,
+    )
 
     def named(first: jax.Array, second: jax.Array) -> jax.Array:
         # XLA sees a pointer to the callback, which jax leaves out of the key of the persistent
@@ -244,20 +261,16 @@ def _partitioned(
     return named
 
 
-@contextlib.contextmanager
-def _own_contexts(spec: ConvSpec) -> Iterator[None]:
-    """Sets the contexts in which a device's part is traced.
+def bits_of(spec: ConvSpec) -> contextlib.AbstractContextManager[None]:
+    """Returns the context in which a contraction is traced: with or without types of 64 bits.
 
-    XLA may ask from another thread, without the contexts of the caller, or from the caller's,
-    whose Explicit mesh means nothing here.
+    A convolution may be called in one such context, differentiated in another and lowered in a
+    third one. Its dtypes are settled by the call.
     """
-    has_64_bits = any(
-        dtype in (np.float64, np.complex128, np.int64, np.uint64)
-        for dtype in (spec.dtype, spec.wide_dtype)
+    types_of_64_bits = (np.float64, np.complex128, np.int64, np.uint64)
+    return jax.enable_x64(
+        not {spec.dtype, spec.wide_dtype}.isdisjoint(map(np.dtype, types_of_64_bits))
     )
-    types = jax.enable_x64(True) if has_64_bits else contextlib.nullcontext()
-    with types, jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
-        yield
 
 
 def sharding_rule(contraction: Contraction, spec: ConvSpec) -> tuple[str, dict[str, int]]:
@@ -318,10 +331,12 @@ def _prime_factors(n: int) -> list[int]:
     return factors
 
 
-def _decode(sharding: Sharding, rank: int, mesh: Mesh) -> Dimensions:
+def _decode(sharding: Sharding | None, rank: int, mesh: Mesh) -> Dimensions:
     """The axes that shard each dimension of an array: where a step along an axis of the mesh leads
-    to another part of it, and the farther the more major.
+    to another part of it, and the farther the more major. None where GSPMD does not know yet.
     """
+    if sharding is None:
+        return ((),) * rank
     parts = sharding.devices_indices_map((mesh.size,) * rank)
     starts = [[part.start or 0 for part in parts[device]] for device in mesh.devices.flat]
     starts = np.reshape(starts, (*mesh.devices.shape, rank))

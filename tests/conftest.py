@@ -7,6 +7,7 @@ do not count devices.
 import os
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -73,3 +74,17 @@ def folder(tmp_path) -> Path:
 def cache(tmp_path_factory) -> Path:
     """For the programs that the example compiles, which a module's tests share."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def jax_setting():
+    """Changes a setting of JAX for one test: `jax_setting(name, value)`."""
+    before = {}
+
+    def change(name: str, value: Any) -> None:
+        before.setdefault(name, getattr(jax.config, name))
+        jax.config.update(name, value)
+
+    yield change
+    for name, value in before.items():
+        jax.config.update(name, value)

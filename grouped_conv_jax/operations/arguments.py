@@ -8,14 +8,15 @@ abstract, so that none is accepted that lax refuses.
 import functools
 import math
 import operator
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import ShapedArray
+from jax.lax import conv_general_dilated  # By name, so that a program may replace it in jax.lax.
 from jax.sharding import AbstractMesh
 
 from grouped_conv_jax.spec import ConvSpec, Role
@@ -25,6 +26,31 @@ LARGEST = 2**31 - 1
 
 MOST_TRIED = 10_000
 """Messages list divisors up to this one."""
+
+
+WIDE = frozenset(map(np.dtype, (np.float64, np.complex128, np.int64, np.uint64)))
+"""The dtypes that JAX takes in an x64 context only."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def keeps_64_bits(operation: Callable[P, T]) -> Callable[P, T]:
+    """Makes an operation compute in 64 bits if one of its arrays has them.
+
+    Such an array may come from a `jax.enable_x64` context that has ended. lax's convolution takes
+    it, but other operations would truncate what they compute from it.
+    """
+
+    @functools.wraps(operation)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        arrays = (x for x in (*args, *kwargs.values()) if isinstance(x, jax.Array))
+        if jax.config.jax_enable_x64 or WIDE.isdisjoint(x.dtype for x in arrays):  # pyright: ignore[reportAttributeAccessIssue]
+            return operation(*args, **kwargs)
+        with jax.enable_x64(True):
+            return operation(*args, **kwargs)
+
+    return call
 
 
 def group_count(name: str, value: Any) -> int:
@@ -153,7 +179,7 @@ def _result_dtype_in_lax(
 ) -> np.dtype:
     del x64
     convolve = functools.partial(
-        lax.conv_general_dilated,
+        conv_general_dilated,
         window_strides=(),
         padding=(),
         precision=precision,

@@ -11,10 +11,12 @@ from jax.typing import ArrayLike, DTypeLike
 from grouped_conv_jax.algorithms import check_name
 from grouped_conv_jax.contraction import contract
 from grouped_conv_jax.explicit import sharding_of_result
+from grouped_conv_jax.operations import arguments
 from grouped_conv_jax.operations.forward import forward
 from grouped_conv_jax.operations.padding import PaddingLike
 
 
+@arguments.keeps_64_bits
 def grouped_conv(
     lhs: ArrayLike,
     rhs: ArrayLike,
@@ -87,8 +89,8 @@ def grouped_conv(
       (8, 32, 32, 6)
 
     Note:
-      A `jax.checkpoint` policy that names lax's convolution, as `dots_saveable` does, does not
-      mean this one; it is the primitive named "grouped_conv".
+      The policies of `jax.checkpoint` that save lax's convolution, such as `dots_saveable`, do not
+      know this one; `grouped_conv_jax.convs_saveable` does.
 
     References:
       Krizhevsky, Sutskever and Hinton, "ImageNet Classification with Deep Convolutional Neural

@@ -17,6 +17,7 @@ from grouped_conv_jax.operations.forward import Forward, forward
 from grouped_conv_jax.operations.padding import PaddingLike
 
 
+@arguments.keeps_64_bits
 def grouped_conv_input_grad(
     lhs_shape: Sequence[int],
     rhs: ArrayLike,
@@ -122,6 +123,7 @@ def _of_lhs(
     return of_lhs if out_sharding is None else jax.sharding.reshard(of_lhs, out_sharding)
 
 
+@arguments.keeps_64_bits
 def grouped_conv_kernel_grad(
     lhs: ArrayLike,
     rhs_shape: Sequence[int],

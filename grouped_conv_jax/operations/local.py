@@ -21,6 +21,7 @@ from grouped_conv_jax.operations.patches import extract, kernel_type
 from grouped_conv_jax.spec import ConvSpec
 
 
+@arguments.keeps_64_bits
 def grouped_conv_local(
     lhs: ArrayLike,
     rhs: ArrayLike,

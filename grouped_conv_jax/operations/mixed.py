@@ -23,6 +23,7 @@ from grouped_conv_jax.operations.per_part import dilations, listed, paddings
 from grouped_conv_jax.spec import ConvSpec
 
 
+@arguments.keeps_64_bits
 def grouped_conv_mixed(
     lhs: ArrayLike,
     rhs: Sequence[ArrayLike],

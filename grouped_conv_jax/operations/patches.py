@@ -24,6 +24,7 @@ MOST_SLICES = 256
 """More taps along a dimension are looked up by index, since each slice takes time to compile."""
 
 
+@arguments.keeps_64_bits
 def grouped_conv_patches(
     lhs: ArrayLike,
     filter_shape: Sequence[int],

@@ -21,6 +21,7 @@ from grouped_conv_jax.operations.forward import forward
 CHANNELS_LAST = ("NWC", "WIO", "NWC")
 
 
+@arguments.keeps_64_bits
 def streaming_conv(
     lhs: ArrayLike,
     rhs: ArrayLike,

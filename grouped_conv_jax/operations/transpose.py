@@ -27,6 +27,7 @@ LAYOUTS = {
 """Those of lax, by the rank of the arrays, where there are no dimension_numbers."""
 
 
+@arguments.keeps_64_bits
 def grouped_conv_transpose(
     lhs: ArrayLike,
     rhs: ArrayLike,
