@@ -279,6 +279,8 @@ def describe(run: Run, console: Console) -> None:
             save_placement(run.folder / "placement.svg", mesh, run.net)
         if config.work.dump_hlo:
             dump_programs(run.folder, run.trainer, run.batch_size, run.image_shape)
+    if run.extension:
+        console.print(run.extension, highlight=False)
     console.print(f"Run folder: {run.folder}")
 
 

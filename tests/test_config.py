@@ -217,7 +217,7 @@ def test_a_file_that_is_something_else_is_refused(tmp_path, text):
         TrainConfig.load(tmp_path / "config.json")
 
 
-CHANGED = {"recipe": ["batch_size", "learning_rate", "ten_crop"], "": ["seed", "epochs", "data"]}
+CHANGED = {"recipe": ["batch_size", "learning_rate", "ten_crop"], "": ["seed", "data"]}
 
 
 @pytest.mark.parametrize("name", [name for names in CHANGED.values() for name in names])
@@ -243,6 +243,18 @@ def test_a_run_goes_on_on_other_devices_and_with_other_work(tmp_path):
     assert parse(options) == config_of(epochs=3, **again)
     evaluated = parse([*options, "--eval-only"])
     assert evaluated == config_of(epochs=3, eval_only=True, **again)
+
+
+def test_a_run_goes_on_for_another_number_of_steps(tmp_path):
+    config_of(epochs=3).save(tmp_path / "config.json")
+    options = ["--resume", "--run-dir", str(tmp_path)]
+    again = {"run_dir": tmp_path, "resume": True}
+    assert parse([*options, "--epochs", "5"]) == config_of(epochs=5, **again)
+    assert parse([*options, "--steps", "5"]) == config_of(epochs=3, steps=5, **again)
+    config_of(epochs=3, steps=5).save(tmp_path / "config.json")
+    assert parse([*options, "--steps", "7"]) == config_of(epochs=3, steps=7, **again)
+    with pytest.raises(UsageError, match="--epochs 4 has no effect on a run of --steps 5; change"):
+        parse([*options, "--epochs", "4"])
 
 
 @pytest.mark.parametrize("start", [("--preset", "paper"), ("--config", "config.json")], ids=str)

@@ -18,9 +18,10 @@ import pytest
 from rich.console import Console
 from settings import config_of
 
+from alexnet.config import TrainConfig
 from alexnet.loop import Loop
 from alexnet.metrics import read_metrics
-from alexnet.run import set_up
+from alexnet.run import CONFIG, set_up
 from alexnet.stopping import Stop
 
 pytestmark = pytest.mark.training
@@ -243,6 +244,10 @@ def test_all_go_on_from_a_checkpoint_that_each_can_read(folder):
         assert f"going on from step {newest // 2}" in said
     assert (checkpoints / f"damaged-{newest}").exists()
     assert_same(evaluations(folder), before)
+    train(folder, 2, "--resume", "--run-dir", "run", "--epochs", 3)
+    assert "The run now ends after 24 steps" in (folder / "0.out").read_text()
+    assert [line["epoch"] for line in evaluations(folder)] == [1, 2, 3]
+    assert TrainConfig.load(folder / "run" / CONFIG)[0].epochs == 3
 
 
 @pytest.mark.slow

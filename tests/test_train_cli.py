@@ -240,9 +240,20 @@ def test_a_run_stopped_at_once_goes_on(folder, cache):
     assert [line["epoch"] for line in lines(path)] == [1, 2]
     done = lines(path)
     shown = run_well(folder, cache, "--resume")
-    assert "All 8 steps were done before." in shown
+    assert "All 8 steps were done before. A larger --epochs extends the run." in shown
     assert said(done[-1]) in shown
     assert lines(path) == done
+    shown = run_well(folder, cache, "--resume", "--epochs", 3)
+    assert "The run now ends after 12 steps (3 epochs) instead of 8 (2). The next learning" in shown
+    assert lines(path)[:2] == done
+    assert [line["epoch"] for line in lines(path)] == [1, 2, 3]
+    assert json.loads((path / CONFIG).read_text())["settings"]["epochs"] == 3
+    result = run(folder, cache, "--resume", "--epochs", 1)
+    assert result.returncode == 2
+    assert result.stderr == (
+        "error: the run has already done 12 steps (3 epochs), so --epochs must be at least 3, "
+        "got 1\n"
+    )
 
 
 @pytest.mark.parametrize(

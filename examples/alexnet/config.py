@@ -222,7 +222,10 @@ class TrainConfig:
     """Towers that the net is cut into, by default the net's own number, 2 in the paper."""
 
     epochs: int = 20
-    """Passes over the training images."""
+    """Passes over the training images. With --resume another number extends or shortens the run.
+    --schedule cosine then falls to 0 at the new end, so the learning rate jumps.
+    Under the other schedules the learning rate does not change, unless the run is so short
+    that half of its steps are fewer than --warmup-epochs."""
 
     steps: int | None = None
     """Steps to train, instead of --epochs."""
@@ -238,11 +241,12 @@ class TrainConfig:
 
     run_dir: Path | None = None
     """Folder for config.json, metrics.jsonl, checkpoints and pictures.
-    By default a new one below runs/; with --resume the newest one below runs/."""
+    By default a new one below runs/.
+    With --resume the one below runs/ that was begun or extended last."""
 
     resume: bool = False
     """Go on from the newest checkpoint of a run, with its settings.
-    Only the devices and work options may be others."""
+    Only --epochs, --steps and the devices and work options may be others."""
 
     recipe: Recipe = dataclasses.field(default_factory=Recipe)
     devices: Devices = dataclasses.field(default_factory=Devices)
@@ -298,6 +302,10 @@ class TrainConfig:
         if self.devices.placement == "pmap" and unlike:
             raise UsageError(f"--placement pmap does not know --{unlike[0]}; take shard_map or jit")
 
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Returns the number of steps that --steps or --epochs asks for."""
+        return self.epochs * steps_per_epoch if self.steps is None else self.steps
+
     def net_config(self, num_classes: int, image_channels: int) -> AlexNetConfig:
         """The net that these settings ask for, for the images at hand.
 
@@ -340,7 +348,15 @@ class TrainConfig:
         return checked(cls, settings, path), saved
 
     def check_same_as(self, saved: "TrainConfig") -> None:
-        """Raises UsageError where a resumed run would train otherwise than it began."""
+        """Raises UsageError where a resumed run would train otherwise than it began.
+
+        The length of the run may change (`alexnet.extension`).
+        """
+        if self.steps is not None and self.epochs != saved.epochs:
+            raise UsageError(
+                f"--epochs {self.epochs} has no effect on a run of --steps {self.steps}; change "
+                "--steps instead"
+            )
         before, now = (_flat(_of_the_run(config)) for config in (saved, self))
         for name in before:
             if before[name] != now[name]:
@@ -357,9 +373,9 @@ def option(name: str) -> str:
 
 def _of_the_run(config: TrainConfig) -> TrainConfig:
     """The same settings where they may not change, and defaults elsewhere."""
-    return dataclasses.replace(
-        config, devices=Devices(), work=Work(), run_dir=None, resume=False, eval_only=False
-    )
+    usual = TrainConfig()
+    may_change = ("devices", "work", "epochs", "steps", "run_dir", "resume", "eval_only")
+    return dataclasses.replace(config, **{name: getattr(usual, name) for name in may_change})
 
 
 def _flat(config: TrainConfig) -> Mapping[str, Any]:

@@ -56,7 +56,10 @@ class Loop:
         run, config = self._run, self._run.config
         first = int(run.state.step)
         if first >= run.steps:
-            self._console.print(f"All {first} steps were done before.")
+            length = "epochs" if config.steps is None else "steps"
+            self._console.print(
+                f"All {first} steps were done before. A larger --{length} extends the run."
+            )
             self._draw()
             return True
         if jax.process_count() > 1:

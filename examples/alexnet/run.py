@@ -18,6 +18,7 @@ from alexnet.augmentation import Preprocessing
 from alexnet.checkpoints import Checkpoints
 from alexnet.config import TrainConfig
 from alexnet.errors import UsageError
+from alexnet.extension import extension
 from alexnet.pipeline import Damage
 from alexnet.state import TrainState
 from alexnet.statistics import statistics
@@ -47,6 +48,8 @@ class Run:
     damage: Damage
     lock: contextlib.ExitStack
     """Held as long as the run may write to its folder."""
+    extension: str = ""
+    """How the length of a resumed run has changed, as sentences for the user."""
 
     def close(self) -> None:
         """Waits until what was saved is on disk, and leaves the folder to others.
@@ -74,7 +77,7 @@ class Run:
     @property
     def steps(self) -> int:
         """All steps of the run."""
-        return total_steps(self.config, self.steps_per_epoch)
+        return self.config.total_steps(self.steps_per_epoch)
 
     def position(self) -> dict[str, int]:
         """The place in the data, from which the order of the images goes on."""
@@ -88,11 +91,6 @@ class Run:
             "batch_size": self.batch_size,
             "seed": self.config.seed,
         }
-
-
-def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
-    """What --steps or --epochs comes to."""
-    return config.epochs * steps_per_epoch if config.steps is None else config.steps
 
 
 def set_up(config: TrainConfig, warn: Callable[[str], None] = print) -> Run:
@@ -133,7 +131,7 @@ def set_up(config: TrainConfig, warn: Callable[[str], None] = print) -> Run:
                 lock=contextlib.ExitStack(),
             )
             if resumed:
-                go_on(run)
+                go_on(run, looks_only=looks_only)
             else:
                 begin(run)
         except OSError as error:
@@ -151,23 +149,46 @@ def begin(run: Run) -> None:
     run.checkpoints.wait()
     if distributed.is_first():
         run.trainer.preprocessing.save(run.folder / PREPROCESSING)
-        # The last one, whole or not at all: by it a folder is known as that of a run.
-        new = run.folder / f"{CONFIG}.new"
-        run.config.save(new, **describe_images(run.dataset))
-        new.replace(run.folder / CONFIG)
+        # The last one: by it a folder is known as that of a run.
+        save_config(run, run.config)
 
 
-def go_on(run: Run) -> None:
-    """Takes the state from where the run was left.
+def save_config(run: Run, config: TrainConfig) -> None:
+    """Writes the settings of a run to its folder, whole or not at all."""
+    new = run.folder / f"{CONFIG}.new"
+    config.save(new, **describe_images(run.dataset))
+    new.replace(run.folder / CONFIG)
+
+
+def go_on(run: Run, *, looks_only: bool) -> None:
+    """Takes the state from where the run was left, and records a new length of the run.
+
+    Args:
+      run: gets the state.
+      looks_only: whether nothing is trained, so that the length does not matter.
 
     Raises:
-      UsageError: it cannot go on.
+      UsageError: the run cannot go on.
     """
-    if TrainConfig.load(run.folder / CONFIG)[1] != describe_images(run.dataset):
+    saved, images = TrainConfig.load(run.folder / CONFIG)
+    if images != describe_images(run.dataset):
         raise UsageError(f"the images of {run.config.data} have changed since {run.folder} began")
     run.state, position = run.checkpoints.restore_newest(like=run.state)
     if position != run.position():
         raise UsageError(f"{run.folder} was left at {position}, which is not {run.position()}")
+    if looks_only:
+        return
+    run.extension = extension(
+        saved,
+        run.config,
+        done=int(run.state.step),
+        steps_per_epoch=run.steps_per_epoch,
+        scale=float(run.state.plateau.scale),
+    )
+    if run.extension and distributed.is_first():
+        save_config(
+            run, dataclasses.replace(saved, epochs=run.config.epochs, steps=run.config.steps)
+        )
 
 
 def load(
@@ -251,7 +272,7 @@ def new_trainer(
         config.recipe,
         preprocessing,
         image_size=net.image_size,
-        steps=total_steps(config, steps_per_epoch),
+        steps=config.total_steps(steps_per_epoch),
         steps_per_epoch=steps_per_epoch,
         flip=dataset.flip,
         seed=config.seed,
@@ -285,7 +306,7 @@ def default_mesh(towers: int, devices: int) -> tuple[int, int]:
 
 
 def newest_run() -> Path:
-    """The folder below runs/ that was begun last."""
+    """The folder below runs/ that was begun or extended last."""
     started = sorted(RUNS.glob(f"*/{CONFIG}"), key=lambda path: path.stat().st_mtime)
     if not started:
         raise UsageError(f"nothing to resume: no run in {RUNS.absolute()}")
