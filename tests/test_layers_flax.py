@@ -1,5 +1,6 @@
 """With one group, the layers that Flax has are Flax's: parameters, outputs and gradients."""
 
+import functools
 from typing import Any
 
 import jax
@@ -132,3 +133,114 @@ def test_local(arguments, shape):
         flax.apply,
         arguments.get("dtype"),
     )
+
+
+def compact(*layers: Any) -> linen.Module:
+    """A network whose layers are made in a compact method, where Flax names them."""
+
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            for make in layers:
+                x = make(x)
+            return x
+
+    return Net()
+
+
+def named(name: str, layer: type) -> type:
+    """A subclass of a layer with another name."""
+    return type(name, (layer,), {})
+
+
+OURS = grouped_conv_jax.linen
+
+NAMED: dict[str, tuple[Any, Any]] = {
+    "GroupedConv": (
+        lambda x: named("Conv", OURS.GroupedConv)(6, (3, 3), feature_group_count=3)(x),
+        lambda x: linen.Conv(6, (3, 3), feature_group_count=3)(x),
+    ),
+    "GroupedConvTranspose": (
+        lambda x: named("ConvTranspose", OURS.GroupedConvTranspose)(
+            6, (3, 3), feature_group_count=1
+        )(x),
+        lambda x: linen.ConvTranspose(6, (3, 3))(x),
+    ),
+    "GroupedConvLocal": (
+        lambda x: named("ConvLocal", OURS.GroupedConvLocal)(6, (2, 2), feature_group_count=1)(x),
+        lambda x: linen.ConvLocal(6, (2, 2))(x),
+    ),
+    "DepthwiseConv": (
+        lambda x: named("Conv", OURS.DepthwiseConv)((3, 3), channel_multiplier=2)(x),
+        lambda x: linen.Conv(12, (3, 3), feature_group_count=6)(x),
+    ),
+    "CausalConv": (
+        lambda x: named("Conv", OURS.CausalConv)(6, 3)(x),
+        lambda x: linen.Conv(6, 3, padding="CAUSAL", feature_group_count=6)(x),
+    ),
+    "SeparableConv": (
+        lambda x: OURS.SeparableConv(6, (3, 3))(x),
+        lambda x: named("SeparableConv", type(compact(
+            lambda x: linen.Conv(6, (3, 3), feature_group_count=6, use_bias=False,
+                                 name="depthwise")(x),
+            lambda x: linen.Conv(6, (1, 1), name="pointwise")(x),
+        )))()(x),
+    ),
+    "a name": (
+        lambda x: OURS.GroupedConv(6, (3, 3), feature_group_count=3, name="Conv_1")(x),
+        lambda x: linen.Conv(6, (3, 3), feature_group_count=3, name="Conv_1")(x),
+    ),
+}  # fmt: skip
+"""A layer by Flax's name and Flax's own, of 6 inputs."""
+
+
+@pytest.mark.parametrize(("ours", "flax"), NAMED.values(), ids=NAMED)
+def test_a_layer_with_flaxs_name_has_flaxs_parameters_in_a_compact_method(ours, flax):
+    x = jnp.ones((2, 4, 4, 6))
+
+    def before(x):
+        return linen.Conv(6, (1, 1))(x)
+
+    def after(x):
+        return linen.Dense(4)(x)
+
+    found, expected = (
+        compact(before, layer, after).init(jax.random.key(0), x) for layer in (ours, flax)
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_layers_of_nnx_are_named_by_their_attributes():
+    """Each also takes as many keys as Flax's, so that later layers begin with the same values."""
+    ours, flax = grouped_conv_jax.nnx, nnx
+
+    def net(*layers: Any) -> Any:
+        rngs = nnx.Rngs(0)
+        made = nnx.Dict({f"layer{i}": layer(rngs=rngs) for i, layer in enumerate(layers)})
+        return nnx.to_pure_dict(nnx.state(made, nnx.Param))
+
+    class Separable(nnx.Module):
+        def __init__(self, *, rngs: nnx.Rngs):
+            self.depthwise = nnx.Conv(
+                6, 6, (3, 3), feature_group_count=6, use_bias=False, rngs=rngs
+            )
+            self.pointwise = nnx.Conv(6, 6, (1, 1), rngs=rngs)
+
+    same = functools.partial
+    found = net(
+        same(ours.GroupedConv, 6, 6, (3, 3), feature_group_count=3),
+        same(ours.DepthwiseConv, 6, (3, 3)),
+        same(ours.CausalConv, 6, 6, 3),
+        same(ours.GroupedConvTranspose, 6, 6, (3, 3), feature_group_count=1),
+        same(ours.SeparableConv, 6, 6, (3, 3)),
+        same(nnx.Linear, 6, 6),
+    )
+    expected = net(
+        same(flax.Conv, 6, 6, (3, 3), feature_group_count=3),
+        same(flax.Conv, 6, 6, (3, 3), feature_group_count=6),
+        same(flax.Conv, 6, 6, 3, feature_group_count=6),
+        same(flax.ConvTranspose, 6, 6, (3, 3)),
+        Separable,
+        same(nnx.Linear, 6, 6),
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, expected)

@@ -27,6 +27,9 @@ class GroupedConv(linen.Conv):
     number of products in an output; fan-out is the taps times all outputs, of which an input
     reaches those of its group only.
 
+    In a compact method Flax names the layer `GroupedConv_0` and derives its initial values from
+    that name. A subclass that is called `Conv` has the name and the initial values of Flax's layer.
+
     Attributes are those of `flax.linen.Conv` (mask, dtypes, initialisers and the rest), of which
     `feature_group_count` is required; `padding` takes all that `grouped_conv` takes, modes for each
     dimension too, and Flax's integers; and
