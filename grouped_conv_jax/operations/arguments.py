@@ -158,7 +158,9 @@ def check_divides(name: str, count: int, what: str, size: int) -> None:
 
 def does_not_divide(name: str, count: int, what: str, size: int) -> str:
     divisors = [d for d in range(1, min(size, MOST_TRIED) + 1) if size % d == 0]
-    listed = ", ".join(map(str, divisors[:16])) + (", ..." if len(divisors) > 16 else "")
+    listed = ", ".join(map(str, divisors[:16])) + (
+        ", ..." if len(divisors) > 16 or size > MOST_TRIED else ""
+    )
     return f"{name}={count} does not divide {what} ({size}); divisors: {listed}"
 
 
