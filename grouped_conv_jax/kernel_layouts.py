@@ -23,6 +23,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from grouped_conv_jax.operations.arguments import shown
+
 __all__ = ["NAMED", "KernelLayout", "parsed_layout", "spatial_letters"]
 
 NAMED: Mapping[str, str] = MappingProxyType(
@@ -75,7 +77,7 @@ class KernelLayout:
     is_transposed: bool
 
     def __str__(self) -> str:
-        return f"{self.argument}={self.text!r}"
+        return f"{self.argument}={shown(self.text)}"
 
     @property
     def mend(self) -> str:
@@ -110,7 +112,7 @@ def parsed_layout(argument: str, text: Any) -> KernelLayout:
       ValueError, TypeError: it is none; the message says which there are.
     """
     if not isinstance(text, str):
-        raise TypeError(f"{argument} must be a string such as 'HWIO', got {text!r}")
+        raise TypeError(f"{argument} must be a string such as 'HWIO', got {shown(text)}")
     letters = NAMED.get(text.lower(), text)
     is_transposed = letters.lower().startswith(_TRANSPOSED)
     letters = letters[len(_TRANSPOSED) if is_transposed else 0 :].upper().replace("...", "*")

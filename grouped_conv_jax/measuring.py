@@ -21,6 +21,7 @@ from grouped_conv_jax.algorithms import TABLE, unsupported
 from grouped_conv_jax.devices import DeviceKind
 from grouped_conv_jax.measurement import Measurement, Subject, spec_key
 from grouped_conv_jax.occurrences import occurrences
+from grouped_conv_jax.operations import arguments
 from grouped_conv_jax.spec import OPERANDS, Contraction, ConvSpec, Role
 from grouped_conv_jax.tuning import Tuning
 
@@ -59,7 +60,7 @@ def tune(function: Callable, *args: Any, repeats: int = 10, **kwargs: Any) -> Tu
       ValueError: `repeats` is less than 1.
       RuntimeError: the function is for devices that this process does not have, such as those of a
         topology.
-      TypeError: `function` is not callable.
+      TypeError: `function` is not callable, or `repeats` no integer.
 
     Warns:
       UserWarning: an implementation fails on what it is said to support, and is not used there. Or
@@ -80,8 +81,7 @@ def tune(function: Callable, *args: Any, repeats: int = 10, **kwargs: Any) -> Tu
     """
     if not callable(function):
         raise TypeError(f"tune takes a function and its arguments, got {type(function).__name__}")
-    if repeats < 1:
-        raise ValueError(f"repeats must be at least 1, got {repeats}")
+    repeats = arguments.group_count("repeats", repeats)
     measured: dict[tuple[DeviceKind, Contraction, ConvSpec], Measurement] = {}
     divided_by_xla = 0
     for o in occurrences(function, args, kwargs):

@@ -8,7 +8,7 @@ net, and runs in each way that JAX has of using several devices.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -16,6 +16,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from grouped_conv_jax.operations import arguments
 from grouped_conv_jax.pmapping import Pmap
 
 DATA, GROUP = "data", "group"
@@ -32,15 +33,25 @@ def make_mesh(data: int, group: int, devices: Sequence[Any] | None = None) -> Me
 
     Raises:
       ValueError: there are fewer devices, or the first ones of a TPU form no such mesh.
+      TypeError: an argument is no integer, or `devices` are none.
     """
-    devices = jax.devices() if devices is None else devices
+    data, group = (
+        arguments.integer(name, size, "an integer")
+        for name, size in (("data", data), ("group", group))
+    )
+    given = jax.devices() if devices is None else devices
+    devices = list(given) if isinstance(given, Iterable) else [given]
+    if not all(hasattr(device, "device_kind") for device in devices):
+        raise TypeError(
+            f"devices must be a sequence such as jax.devices(), got {arguments.shown(given)}"
+        )
     if data < 1 or group < 1:
         raise ValueError(f"a mesh has at least one device on each axis, got {data} x {group}")
     if data * group > len(devices):
         hint = "; a CPU can be several, if jax_num_cpu_devices is set before the first use of JAX"
         raise ValueError(
             f"a mesh of {data} x {group} needs {data * group} devices, there are {len(devices)}"
-            + hint * (devices[0].platform == "cpu")
+            + hint * any(d.platform == "cpu" for d in devices[:1])
         )
     try:
         return jax.make_mesh(

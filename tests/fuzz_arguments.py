@@ -158,9 +158,10 @@ def _of_process(options: argparse.Namespace, first: int, count: int) -> list[Out
                 env={"JAX_PLATFORMS": "cpu", **os.environ, "TMPDIR": folder},
             )
         said = errors.read_text(errors="replace")
-        if not log.exists():
+        text = log.read_text() if log.exists() else ""
+        if not text:
             raise RuntimeError(f"the process made no call:\n{said}")
-        lines = [Outcome(**json.loads(line)) for line in log.read_text().splitlines()]
+        lines = [Outcome(**json.loads(line)) for line in text.splitlines()]
     found = [line for line in lines if line.kind]
     if lines[-1].kind and len(found) == count:
         return found

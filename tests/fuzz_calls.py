@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np  # noqa: F401
+import numpy as np
 from flax import nnx as flax_nnx
 from jax import lax  # noqa: F401
 
@@ -97,7 +97,10 @@ mapped = _with_arrays(
     )
 )
 
-WAYS = ("", "", "abstract", "abstract", "abstract", "jitted", "lowered", "gradient")
+WALKED = ("explain", "used", "tuned", "count_parameters", "of_nnx", "of_linen")
+"""Of these JAX or Flax walks through all arguments, and says what it likes of endless ones."""
+
+WAYS = ("", "jitted", "gradient", *["abstract"] * 5, "lowered")
 WAYS += ("abstract_gradient", "in_64_bits", "counted", "counted_bytes", "mapped")
 
 
@@ -128,6 +131,8 @@ def loaded(content: Any) -> Any:
 
 
 def tuned(repeats: Any, lhs: Any, rhs: Any) -> Any:
+    if isinstance(repeats, int | np.integer) and repeats > 3:
+        return None  # It would measure as often as it is told, however long that takes.
     conv = functools.partial(library.grouped_conv, window_strides=(4,), padding="VALID")
     return library.tune(conv, lhs, rhs, repeats=repeats)
 
@@ -303,12 +308,6 @@ CALLS: list[tuple[str, dict[str, str]]] = [
     ),
 ]
 
-LAYER_SETTINGS = [
-    "strides", "padding", "input_dilation", "kernel_dilation", "use_bias", "mask", "dtype",
-    "param_dtype", "precision", "channel_multiplier", "transpose_kernel", "output_padding",
-    "preferred_element_type", "implementation", "promote_dtype", "kernel_init", "kernel_metadata",
-]  # fmt: skip
-
 FILES = (
     "None",
     "b''",
@@ -366,6 +365,12 @@ PLAUSIBLE = {
     ],
     "rhs_dilation": ["(2, 1)", "(2,)", "[(1, 1), (2, 2)]"],
     "lhs_dilation": ["(2, 1)", "(2,)"],
+    "kernel_dilation": ["2", "(2, 1)"],
+    "input_dilation": ["2", "(2, 1)"],
+    "strides": ["2", "(2, 1)"],
+    "out_sharding": ["None", "jax.P()"],
+    "transpose_kernel": ["True", "False"],
+    "use_bias": ["True", "False"],
     "mask": ["ones((3, 2, 2, 6))", "ones((3, 2, 2, 6), 'bool')"],
     "content": FILES,
 }  # fmt: skip
@@ -399,31 +404,45 @@ def random_call(seed: int, largest: float = math.inf) -> Call:
         dtype = f", {draw.choice(DTYPES)!r})"
         for name, source in arguments.items():
             arguments[name] = re.sub(r"(ones\(\([\d, ]*\))\)", rf"\1{dtype}", source)
-    if draw.random() < 0.3 and (name := draw.choice(_parameters(function))) in PLAUSIBLE:
+    known = _parameters(function, arguments.get("name", "").strip("'"))
+    if draw.random() < 0.3 and (name := draw.choice(known)) in PLAUSIBLE:
         arguments[name] = draw.choice(PLAUSIBLE[name])
     for _ in range(draw.choice((1, 1, 1, 2, 2, 3))):
-        name = draw.choice([*arguments, *arguments, *_parameters(function)])
+        name = draw.choice([*arguments, *arguments, *known])
         source = _mutated(draw, name, arguments.get(name, "None"))
-        # Which layer it is, and which method, is no argument.
+        if function in WALKED and re.match("nested|endless", source):
+            continue
         if name not in ("name", "method") and not _has_beyond(source, largest):
             arguments[name] = source
-    is_traced = "inputs" in arguments or "lhs" in arguments
+    is_traced = function.startswith(("grouped", "streaming_conv", "channel", "of_"))
     return Call(draw.choice(WAYS) if is_traced else "", function, arguments)
 
 
-def _parameters(function: str) -> list[str]:
-    if function in ("of_nnx", "of_linen"):
-        return LAYER_SETTINGS
-    if function in ("explain", "used"):
-        function = "grouped_conv"
-    return list(inspect.signature(eval(function, NAMES)).parameters)
+def _parameters(function: str, layer: str) -> list[str]:
+    """Of a function, or of the layer that it makes."""
+    found: list[str] = []
+    if function == "of_linen":
+        found = [*inspect.signature(getattr(linen, layer)).parameters]
+    elif function == "of_nnx":
+        made = (getattr(nnx, layer), flax_nnx.Conv)
+        found = [name for kind in made for name in inspect.signature(kind.__init__).parameters]
+    elif function in ("explain", "used"):
+        found = [*inspect.signature(library.grouped_conv).parameters]
+    else:
+        found = [*inspect.signature(eval(function, NAMES)).parameters]
+    # Which layer it is, and which method, is not to be changed; the rest is none of the user's.
+    return [n for n in found if n not in ("name", "method", "self", "kwargs", "parent", "rngs")]
 
 
 def _mutated(draw: random.Random, name: str, source: str) -> str:
     """Another source of an argument: something else, or the same with something else in it."""
+
+    def with_integer() -> str:
+        return _replaced(draw, r"(?<![\w.'*])\d+(?![\w.'*])", source, (*INTEGERS, *SMALL * 5))
+
     kinds = {
-        lambda: _replaced(draw, r"(?<![\w.'])\d+(?![\w.'])", source, (*INTEGERS, *SMALL * 5)): 4,
-        lambda: draw.choice(PLAUSIBLE.get(name, SMALL)): 4,
+        with_integer: 4,
+        lambda: draw.choice(PLAUSIBLE[name]) if name in PLAUSIBLE else with_integer(): 4,
         lambda: _replaced(draw, r"'[^']*'", source, STRINGS): 1,
         lambda: draw.choice((*OBJECTS, *INTEGERS, *STRINGS)): 1,
         lambda: _restructured(draw, source): 1,

@@ -68,6 +68,8 @@ def check_mask(mask: Any, kernel_shape: tuple[int, ...]) -> None:
 def features_of(inputs: Any, rank: int) -> int:
     """The last dimension, of inputs of enough dimensions."""
     batch_shape(inputs, rank)
+    if inputs.shape[-1] == 0:
+        raise ValueError(f"inputs must have at least one feature, got shape {inputs.shape}")
     return inputs.shape[-1]
 
 

@@ -61,9 +61,18 @@ def group_count(name: str, value: Any) -> int:
     return count
 
 
+def shown(value: Any) -> str:
+    """What a message says of a value: how it is written, if it can be, and not all of it."""
+    try:
+        text = repr(value)
+    except Exception:  # Of lists in lists in lists ..., for one, and of integers of 5,000 digits.
+        return object.__repr__(value)
+    return text if len(text) <= 500 else f"{text[:500]} ..."
+
+
 def flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
     return bool(value)
 
 
@@ -75,7 +84,7 @@ def element_type(value: Any) -> np.dtype | None:
         return jnp.dtype(value)
     except Exception:  # NumPy raises whatever comes of reading a string as a dtype.
         raise TypeError(
-            f"preferred_element_type must be a dtype such as jnp.float32, got {value!r}"
+            f"preferred_element_type must be a dtype such as jnp.float32, got {shown(value)}"
         ) from None
 
 
@@ -92,7 +101,7 @@ def precision(value: Any) -> Any:
         hash(value)
     except TypeError:
         raise TypeError(
-            f"precision must be a name, a jax.lax.Precision or two of them, got {value!r}"
+            f"precision must be a name, a jax.lax.Precision or two of them, got {shown(value)}"
         ) from None
     return value
 
@@ -101,7 +110,7 @@ def array_type(name: str, value: Any) -> Any:
     """The type of an array, traced or not; a type is its own."""
     try:
         aval = value if isinstance(value, ShapedArray) else jax.typeof(value)
-    except (TypeError, OverflowError):
+    except (TypeError, OverflowError, RecursionError):
         aval = None
     if not isinstance(aval, ShapedArray):
         kind = type(value)
@@ -117,7 +126,7 @@ def shape(name: str, value: Any) -> tuple[Any, ...]:
             f"{name} must be a shape, got an array of shape {tuple(value.shape)}; pass its .shape"
         )
     if not isinstance(value, Iterable) or isinstance(value, str | bytes):
-        raise TypeError(f"{name} must be a sequence of integers, got {value!r}")
+        raise TypeError(f"{name} must be a sequence of integers, got {shown(value)}")
     sizes = tuple(integer(name, size) for size in value)
     if any(isinstance(size, int) and size < 0 for size in sizes):
         raise ValueError(f"{name} must be made of sizes of at least 0, got {sizes}")
@@ -302,7 +311,8 @@ def integers(
         return (default,) * rank
     if not isinstance(values, Iterable) or isinstance(values, str | bytes):
         raise TypeError(
-            f"{name} must be a sequence of integers, one for each spatial dimension, got {values!r}"
+            f"{name} must be a sequence of integers, one for each spatial dimension, got "
+            f"{shown(values)}"
         )
     found = tuple(integer(name, value) for value in values)
     if len(found) != rank:
@@ -324,4 +334,4 @@ def integer(name: str, value: Any, what: str = "made of integers") -> Any:
     except TypeError:
         if jax.export.is_symbolic_dim(value):
             return value
-        raise TypeError(f"{name} must be {what}, got {value!r}") from None
+        raise TypeError(f"{name} must be {what}, got {shown(value)}") from None

@@ -204,7 +204,9 @@ def _part_sizes(group_sizes: Any, parts: int, features: int) -> list[int]:
             )
         group_sizes = [features // parts] * parts
     if not isinstance(group_sizes, Iterable) or isinstance(group_sizes, str):
-        raise TypeError(f"group_sizes must be a sequence of integers, got {group_sizes!r}")
+        raise TypeError(
+            f"group_sizes must be a sequence of integers, got {arguments.shown(group_sizes)}"
+        )
     sizes = [arguments.group_count("group_sizes", size) for size in group_sizes]
     if len(sizes) != parts:
         raise ValueError(

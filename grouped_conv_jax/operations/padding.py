@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from grouped_conv_jax.explicit import untyped
-from grouped_conv_jax.operations.arguments import LARGEST, integer
+from grouped_conv_jax.operations.arguments import LARGEST, integer, shown
 
 PaddingLike = str | Sequence[Any]
 """A string for all spatial dimensions, or for each of them a pair (low, high), a string, or a mode
@@ -135,8 +135,8 @@ def pads(
         return tuple(_named(padding, dimension, known) for dimension in dimensions)
     if not isinstance(padding, Iterable) or getattr(padding, "shape", None) == ():
         raise TypeError(
-            f"padding must be a string or (low, high) pairs, got {padding!r}; an amount for all "
-            "sides is [(1, 1), (1, 1)] for two dimensions"
+            f"padding must be a string or (low, high) pairs, got {shown(padding)}; an amount for "
+            "all sides is [(1, 1), (1, 1)] for two dimensions"
         )
     entries = list(padding)
     if isinstance(padding, tuple) and is_of_one_dimension(entries):
@@ -152,7 +152,7 @@ def pads(
     if len(entries) != len(dimensions):
         raise ValueError(
             f"padding must have one (low, high) pair for each of {len(dimensions)} spatial "
-            f"dimensions, got {len(entries)}: {padding}"
+            f"dimensions, got {len(entries)}: {shown(padding)}"
         )
     return tuple(
         _entry(entry, dimension, known)
@@ -182,8 +182,8 @@ def _entry(entry: Any, dimension: Geometry, known: dict[str, Amounts]) -> Pad:
         return _named(name, dimension, known)
     if name.upper() not in MODES:
         raise ValueError(
-            f"padding {entry!r}: only {', '.join(MODES)} take a pair of their own; give the pair "
-            "alone for zeros"
+            f"padding {shown(entry)}: only {', '.join(MODES)} take a pair of their own; give the "
+            "pair alone for zeros"
         )
     low, high = (integer("padding", amount) for amount in _two(amounts))
     return Pad(low, high, name.upper())
@@ -192,15 +192,15 @@ def _entry(entry: Any, dimension: Geometry, known: dict[str, Amounts]) -> Pad:
 def _two(value: Any) -> list[Any]:
     parts = list(value) if isinstance(value, Iterable) else []
     if len(parts) != 2:
-        raise ValueError(f"padding must consist of (low, high) pairs, got {value!r}")
+        raise ValueError(f"padding must consist of (low, high) pairs, got {shown(value)}")
     return parts
 
 
 def _named(name: str, dimension: Geometry, known: dict[str, Amounts]) -> Pad:
     if (amounts := known.get(name.upper())) is None:
         raise ValueError(
-            f"unknown padding {name!r}; known: {', '.join(known)}, or one (low, high) pair for "
-            'each spatial dimension, or a mode with its pair, ("REFLECT", (low, high))'
+            f"unknown padding {shown(name)}; known: {', '.join(known)}, or one (low, high) pair "
+            'for each spatial dimension, or a mode with its pair, ("REFLECT", (low, high))'
         )
     if dimension.dilation != 1:
         raise ValueError(

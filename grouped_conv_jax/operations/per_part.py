@@ -10,11 +10,16 @@ from grouped_conv_jax.operations import arguments
 from grouped_conv_jax.operations.padding import MODES
 
 
-def listed(value: Any) -> Any:
-    """What is iterated over, arrays and iterators too, as lists, and tuples as tuples."""
+def listed(value: Any, depth: int = 4) -> Any:
+    """What is iterated over, arrays and iterators too, as lists, and tuples as tuples.
+
+    As deep as anything has a meaning: parts, dimensions, a mode and its pair.
+    """
     if isinstance(value, str | bytes) or not isinstance(value, Iterable) or _is_scalar(value):
         return value
-    entries = [listed(entry) for entry in value]
+    if depth == 0:
+        return value
+    entries = [listed(entry, depth - 1) for entry in value]
     return tuple(entries) if isinstance(value, tuple) else entries
 
 
@@ -54,7 +59,7 @@ def paddings(padding: Any, parts: int, rank: int) -> list[Any]:
         raise ValueError(
             f"padding must have an entry for each of {rank} spatial dimensions, or for each of the "
             f"{parts} kernels of rhs a list of them, as {[['SAME'] * rank] * parts}; got "
-            f"{len(padding)}: {padding}"
+            f"{len(padding)}: {arguments.shown(padding)}"
         )
     return [padding] * parts
 
@@ -82,5 +87,5 @@ def _check_count(name: str, value: Any, parts: int) -> None:
     if len(value) != parts:
         raise ValueError(
             f"{name} must be given once, or for each of the {parts} kernels of rhs; got it for "
-            f"{len(value)}: {value}"
+            f"{len(value)}: {arguments.shown(value)}"
         )

@@ -59,7 +59,7 @@ def _axis(axis: Any, ndim: int) -> int:
     try:
         index = operator.index(axis)
     except TypeError:
-        raise TypeError(f"axis must be an integer, got {axis!r}") from None
+        raise TypeError(f"axis must be an integer, got {arguments.shown(axis)}") from None
     if not -ndim <= index < ndim:
         raise ValueError(f"axis={index} is none of x, which has {ndim} dimensions")
     return index % ndim

@@ -171,7 +171,9 @@ def streaming_conv_state(
     try:
         element_type = kernel.dtype if dtype is None else jnp.dtype(dtype)
     except Exception:  # NumPy raises whatever comes of reading a string as a dtype.
-        raise TypeError(f"dtype must be one such as jnp.float32, got {dtype!r}") from None
+        raise TypeError(
+            f"dtype must be one such as jnp.float32, got {arguments.shown(dtype)}"
+        ) from None
     arguments.check_bytes("the state", shape, element_type)
     return jnp.zeros(shape, element_type)
 
