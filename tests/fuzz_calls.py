@@ -329,16 +329,17 @@ INTEGERS = (
     "object()",
 )  # fmt: skip
 SMALL = ("0", "1", "2", "3", "4", "5", "8")
+# None of 2 bits: XLA aborts where arrays of them are joined on a CPU, by jnp.concatenate too.
 DTYPES = (
     "float16", "bfloat16", "float64", "float8_e4m3fn", "float8_e5m2", "float4_e2m1fn", "int4",
-    "uint2", "int8", "uint8", "int32", "int64", "uint64", "bool", "complex64", "complex128",
+    "uint4", "int8", "uint8", "int32", "int64", "uint64", "bool", "complex64", "complex128",
 )  # fmt: skip
 STRINGS = (
     "''", "'a'", "'SAME'", "'HWIO'", "'OIHW'", "'G'", "'...'", "'transposed '", "'ß'", "'\\0'",
     "'N' * 300", "'İ'", "'\\ud800'", "'ŉHIO'", "b'SAME'",
 )  # fmt: skip
 OBJECTS = (
-    "()", "[]", "{}", "set()", "((1, 1), (1, 1))", "(1,) * 100", "[[1, 2], [3, 4]]", "range(10**5)",
+    "()", "[]", "{}", "set()", "((1, 1), (1, 1))", "(1,) * 100", "[[1, 2], [3, 4]]", "range(1000)",
     "iter((1, 1))", "'SAME'", "b'ab'", "{1: 2}", "object()", "object", "lambda *a, **k: None",
     "np.ones((2, 2))", "np.ones(())", "np.ones((0,), int)", "np.array([1, 1])", "np.array('SAME')",
     "np.array([None])", "np.ma.masked", "np.float32", "np.datetime64('now')", "ones((1,))",

@@ -1,5 +1,6 @@
 """Arguments: wrong ones are refused before any work, odd but legal ones are taken as lax does."""
 
+import functools
 import inspect
 from functools import partial
 from typing import Any
@@ -373,6 +374,28 @@ def test_what_is_not_an_array_is_refused(value, position, how):
     }[how]
     with pytest.raises(TypeError, match=f"{'lr'[position]}hs must be an array.*asarray"):
         call(lambda: grouped_conv(*operands, **GOOD))  # pyright: ignore[reportArgumentType]
+
+
+# What cannot be written, or is too long to be read: what is wrong is said all the same.
+UNSPEAKABLE = {
+    "lists in lists": functools.reduce(lambda inner, _: [inner], range(100_000), []),
+    "an integer of 5,000 digits": (10**5000, "a"),
+    "a long list": list(range(100_000)),
+}
+
+
+@pytest.mark.parametrize("value", UNSPEAKABLE)
+@pytest.mark.parametrize(
+    "name",
+    ["window_strides", "padding", "lhs_dilation", "feature_group_count", "lhs", "out_sharding"],
+)
+def test_a_message_is_short_whatever_was_given(value, name):
+    arguments: dict[str, Any] = {"lhs": ones(LHS), "rhs": ones(RHS), **GOOD}
+    arguments[name] = UNSPEAKABLE[value]
+    with pytest.raises((TypeError, ValueError)) as refusal:
+        grouped_conv(**arguments)
+    assert name in str(refusal.value)
+    assert len(str(refusal.value)) < 1000
 
 
 @pytest.mark.parametrize("value", [1.0, np.float32(1), 2])

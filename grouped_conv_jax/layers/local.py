@@ -24,7 +24,11 @@ class Local:
     feature_group_count: int
 
     def positions(self, spatial: Sequence[int]) -> tuple[int, ...]:
-        """The spatial shape of the output, of inputs of this one."""
+        """The spatial shape of the output, of inputs of this one.
+
+        Raises:
+          ValueError: it has no position, so that there is no kernel to make.
+        """
         dtype = np.float32
         convolve = functools.partial(
             grouped_conv,
@@ -34,11 +38,17 @@ class Local:
             rhs_dilation=self.window.kernel_dilation,
             dimension_numbers=self.window.dimension_numbers,
         )
-        return jax.eval_shape(
+        found = jax.eval_shape(
             convolve,
             jax.ShapeDtypeStruct((1, *spatial, 1), dtype),
             jax.ShapeDtypeStruct((*self.window.kernel_size, 1, 1), dtype),
         ).shape[1:-1]
+        if 0 in found:
+            raise ValueError(
+                f"inputs must be large enough for one output at least; those of the spatial shape "
+                f"{tuple(spatial)} give outputs of {found}"
+            )
+        return found
 
     def kernel_shape(
         self, positions: Sequence[int], in_features: int, out_features: int

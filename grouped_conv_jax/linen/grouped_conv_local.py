@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax import linen
 
-from grouped_conv_jax.layers.calling import batch_shape
+from grouped_conv_jax.layers.calling import batch_shape, features_of
 from grouped_conv_jax.layers.convolution import check_no_other_convolution, sizes
 from grouped_conv_jax.layers.local import local_of
 from grouped_conv_jax.layers.names import IN_LINEN, with_names
@@ -67,7 +67,7 @@ class GroupedConvLocal(linen.ConvLocal):
         batch = batch_shape(inputs, rank)
         positions = operation.positions(inputs.shape[len(batch) : -1])
         (features,) = sizes(features=self.features)
-        shape = operation.kernel_shape(positions, inputs.shape[-1], features)
+        shape = operation.kernel_shape(positions, features_of(inputs, rank), features)
         made = call(self, inputs, rank, shape, (*positions, features))
         return made.finished(
             operation(made.inputs, made.kernel, self.precision, self.preferred_element_type)

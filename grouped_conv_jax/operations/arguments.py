@@ -57,7 +57,7 @@ def group_count(name: str, value: Any) -> int:
     """A positive integer. Floats are refused: 2.0 == 2 would share compiled programs with it."""
     count = integer(name, value, "an integer")
     if count < 1:
-        raise ValueError(f"{name} must be at least 1, got {count}")
+        raise ValueError(f"{name} must be at least 1, got {shown(count)}")
     return count
 
 
@@ -110,7 +110,7 @@ def array_type(name: str, value: Any) -> Any:
     """The type of an array, traced or not; a type is its own."""
     try:
         aval = value if isinstance(value, ShapedArray) else jax.typeof(value)
-    except (TypeError, OverflowError, RecursionError):
+    except (TypeError, ValueError, OverflowError, RecursionError):
         aval = None
     if not isinstance(aval, ShapedArray):
         kind = type(value)
@@ -129,7 +129,7 @@ def shape(name: str, value: Any) -> tuple[Any, ...]:
         raise TypeError(f"{name} must be a sequence of integers, got {shown(value)}")
     sizes = tuple(integer(name, size) for size in value)
     if any(isinstance(size, int) and size < 0 for size in sizes):
-        raise ValueError(f"{name} must be made of sizes of at least 0, got {sizes}")
+        raise ValueError(f"{name} must be made of sizes of at least 0, got {shown(sizes)}")
     return sizes
 
 
@@ -318,10 +318,10 @@ def integers(
     if len(found) != rank:
         raise ValueError(
             f"{name} must have one integer for each of {rank} spatial dimensions, "
-            f"got {len(found)}: {found}"
+            f"got {len(found)}: {shown(found)}"
         )
     if any(value < least for value in found):
-        raise ValueError(f"{name} must be at least {least}, got {found}")
+        raise ValueError(f"{name} must be at least {least}, got {shown(found)}")
     return found
 
 
