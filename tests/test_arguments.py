@@ -398,6 +398,13 @@ def test_a_message_is_short_whatever_was_given(value, name):
     assert len(str(refusal.value)) < 1000
 
 
+def test_what_would_divide_is_not_looked_for_among_all_numbers():
+    size = 2**31 - 1  # A prime.
+    x = jax.ShapeDtypeStruct((1, size), np.float32)
+    with pytest.raises(ValueError, match=rf"features of lhs \({size}\); divisors: 1, \.\.\."):
+        jax.eval_shape(lambda x: grouped_conv(x, ones((2, 1)), (), [], feature_group_count=2), x)
+
+
 @pytest.mark.parametrize("value", [1.0, np.float32(1), 2])
 def test_a_scalar_is_refused(value):
     with pytest.raises((TypeError, ValueError), match="lhs"):

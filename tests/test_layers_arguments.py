@@ -290,6 +290,25 @@ def test_missing_groups():
             layer.linen()
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_inputs_without_features_are_refused(name):
+    settings = {} if name == "DepthwiseConv" else {"features": 4}
+    settings |= {"feature_group_count": 1} if name in GROUPED else {}
+    layer = getattr(grouped_conv_jax.linen, name)(kernel_size=3, **settings)
+    with pytest.raises(ValueError, match=r"at least one feature, got shape \(2, 5, 0\)"):
+        layer.init(jax.random.key(0), jnp.ones((2, 5, 0)))
+
+
+def test_a_local_layer_has_a_position_at_least():
+    settings: dict[str, Any] = dict(kernel_size=3, padding="VALID", feature_group_count=1)
+    of_linen = grouped_conv_jax.linen.GroupedConvLocal(4, **settings)
+    message = r"large enough .* spatial shape \(2,\) give outputs of \(0,\)"
+    with pytest.raises(ValueError, match=message):
+        of_linen.init(jax.random.key(0), jnp.ones((1, 2, 4)))
+    with pytest.raises(ValueError, match=message):
+        grouped_conv_jax.nnx.GroupedConvLocal(4, 4, input_size=2, rngs=nnx.Rngs(0), **settings)
+
+
 def test_a_local_layer_knows_the_size_of_its_inputs():
     layer = Layer("GroupedConvLocal", dict(kernel_size=(3, 2), feature_group_count=3), (4, 5))
     assert layer.nnx(input_size=4).input_size == (4, 4)

@@ -210,6 +210,25 @@ def test_a_mesh_that_cannot_be_is_refused(shape, message):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((1.5, 10**400), "data must be an integer, got 1.5"),
+        ((1, True), "group must be an integer, got the boolean True"),
+        ((1, 1, "cpu"), r"devices must be a sequence such as jax.devices\(\), got 'cpu'"),
+        ((1, 1, 8), r"devices must be a sequence such as jax.devices\(\), got 8"),
+    ],
+)
+def test_what_makes_no_mesh_is_refused(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        make_mesh(*arguments)
+
+
+def test_there_is_no_mesh_of_no_devices():
+    with pytest.raises(ValueError, match=r"1 x 1 needs 1 devices, there are 0$"):
+        make_mesh(1, 1, [])
+
+
+@pytest.mark.parametrize(
     ("group", "towers"), [(4, 2), (3, 4)], ids=["more than the towers", "not dividing them"]
 )
 def test_towers_that_the_devices_cannot_share_are_refused(group, towers):
