@@ -31,7 +31,8 @@ LARGEST = 2**22
 
 
 def ones(shape: Any, dtype: str = "float32") -> Any:
-    large = math.prod(shape) > LARGEST
+    # Sizes of 0 make no exception: XLA takes minutes for an array of 2**31 times 0 elements.
+    large = math.prod(size or 1 for size in shape) > LARGEST
     return jax.ShapeDtypeStruct(shape, dtype) if large else jnp.ones(shape, dtype)
 
 
