@@ -243,8 +243,10 @@ def _checked_groups(shape: Sequence[int], layout: KernelLayout, axes: str, group
             )
         return count
     groups = groups or 1
-    what = f"axis O of the kernel in {layout}"
-    arguments.check_divides("feature_group_count", groups, what, shape[axes.index("O")])
+    what, outputs = f"axis O of the kernel in {layout}", shape[axes.index("O")]
+    if outputs == 0 and groups > 1:  # Any number divides 0, and as many groups would be made.
+        raise ValueError(f"feature_group_count={groups}, but {what} has no outputs to divide")
+    arguments.check_divides("feature_group_count", groups, what, outputs)
     return groups
 
 

@@ -83,16 +83,12 @@ def outcome(made: Outcome, call: Any) -> Outcome:
 
 def _kind(error: Exception) -> str:
     """The name of an exception, or of an allowed one that it is one of, as those of jax are."""
-    said = str(error)
-    if "RESOURCE_EXHAUSTED" in said:
-        return "MemoryError"
-    if "UNIMPLEMENTED" in said:  # By XLA, for some dtypes.
-        return "NotImplementedError"
-    return next((kind for kind in ALLOWED if kind in _names(type(error))), type(error).__name__)
-
-
-def _names(kind: type) -> list[str]:
-    return [base.__name__ for base in kind.__mro__]
+    names = [kind.__name__ for kind in type(error).__mro__]
+    if "JaxRuntimeError" in names:
+        # What XLA says of memory, and of dtypes that it does not compute with.
+        said = {"RESOURCE_EXHAUSTED": "MemoryError", "UNIMPLEMENTED": "NotImplementedError"}
+        names += [name for words, name in said.items() if words in str(error)]
+    return next((name for name in ALLOWED if name in names), names[0])
 
 
 def _place(error: Exception) -> str:
@@ -114,6 +110,7 @@ def work(options: argparse.Namespace) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     faulthandler.enable()
     warnings.simplefilter("ignore")
+    # Here, since the process that starts this one needs no JAX.
     from compilation import compile_quickly
 
     compile_quickly()

@@ -369,6 +369,7 @@ PLAUSIBLE = {
     ],
     "rhs_dilation": ["(2, 1)", "(2,)", "[(1, 1), (2, 2)]"],
     "lhs_dilation": ["(2, 1)", "(2,)"],
+    "repeats": ["1", "2"],
     "kernel_dilation": ["2", "(2, 1)"],
     "input_dilation": ["2", "(2, 1)"],
     "strides": ["2", "(2, 1)"],

@@ -374,6 +374,7 @@ def test_wrong_layouts_are_told(arguments, error, parts):
         (lambda: densify([[1.0]], 1), TypeError, ["kernel must be", "list", "np.asarray"]),
         (lambda: merge_groups(WRONG), TypeError, ["kernels must be a list of kernels", "float"]),
         (lambda: split_groups(ONES, 5, "torch"), ValueError, ["=5", "(8)"]),
+        (lambda: split_groups(ONES[..., :0], 2**31), ValueError, ["=2147483648", "no outputs"]),
         (lambda: merge_groups([]), ValueError, ["kernels", "at least one"]),
         (lambda: merge_groups([ONES, [1]]), TypeError, ["kernels[1] must be", "list"]),
         (lambda: merge_groups([ONES, ONES[:1]]), ValueError, ["(8, 2, 3, 3)", "at 1 (1, 2, 3"]),
