@@ -98,8 +98,8 @@ mapped = _with_arrays(
     )
 )
 
-WALKED = ("explain", "used", "tuned", "count_parameters", "of_nnx", "of_linen")
-"""Of these JAX or Flax walks through all arguments, and says what it likes of endless ones."""
+WALKED = ("explain", "used", "tuned", "loaded", "count_parameters", "of_nnx", "of_linen")
+"""All arguments of these JAX, Flax or the functions above walk through, as deep as they go."""
 
 WAYS = ("", "jitted", "gradient", *["abstract"] * 5, "lowered")
 WAYS += ("abstract_gradient", "in_64_bits", "counted", "counted_bytes", "mapped")
