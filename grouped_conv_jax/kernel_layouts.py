@@ -19,6 +19,7 @@ other way. `grouped_conv_transpose` takes the layout "OIHW", as `grouped_conv` d
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -117,7 +118,7 @@ def parsed_layout(argument: str, text: Any) -> KernelLayout:
     is_transposed = letters.lower().startswith(_TRANSPOSED)
     letters = letters[len(_TRANSPOSED) if is_transposed else 0 :].upper().replace("...", "*")
     layout = KernelLayout(argument, text, letters, is_transposed)
-    if twice := sorted({letter for letter in letters if letters.count(letter) > 1}):
+    if twice := sorted(letter for letter, count in Counter(letters).items() if count > 1):
         raise ValueError(f"{layout} has {', '.join(twice)} more than once; known: {_KNOWN}")
     if not all(letter.isalnum() or letter == "*" for letter in letters):
         raise ValueError(f"{layout} is no layout of a kernel; known: {_KNOWN}")

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import inspect
 import math
+import operator
 import random
 import re
 import tempfile
@@ -32,7 +33,7 @@ LARGEST = 2**22
 
 def ones(shape: Any, dtype: str = "float32") -> Any:
     # Sizes of 0 make no exception: XLA takes minutes for an array of 2**31 times 0 elements.
-    large = math.prod(size or 1 for size in shape) > LARGEST
+    large = math.prod(max(operator.index(size), 1) for size in shape) > LARGEST
     return jax.ShapeDtypeStruct(shape, dtype) if large else jnp.ones(shape, dtype)
 
 

@@ -299,6 +299,37 @@ def test_inputs_without_features_are_refused(name):
         layer.init(jax.random.key(0), jnp.ones((2, 5, 0)))
 
 
+@pytest.mark.parametrize("size", [2**62, 10**5000], ids=["64 bits", "5,000 digits"])
+def test_what_no_memory_has_room_for_is_refused(size):
+    linen_layers, nnx_layers = grouped_conv_jax.linen, grouped_conv_jax.nnx
+    x, rngs = jnp.ones((2, 5, 4)), nnx.Rngs(0)
+    for layer in (
+        linen_layers.GroupedConv(4, size, feature_group_count=1),
+        linen_layers.GroupedConvTranspose(size, 3, feature_group_count=1),
+        linen_layers.GroupedConvLocal(size, 3, feature_group_count=1),
+        linen_layers.DepthwiseConv(3, channel_multiplier=size),
+        linen_layers.SeparableConv(4, 3, channel_multiplier=size),
+        linen_layers.CausalConv(size, 3, feature_group_count=1),
+    ):
+        with pytest.raises(ValueError, match="the kernel would have the shape"):
+            layer.init(jax.random.key(0), x)
+    for make in (
+        lambda: nnx_layers.GroupedConv(4, size, 3, feature_group_count=1, rngs=rngs),
+        lambda: nnx_layers.GroupedConvTranspose(4, 4, size, feature_group_count=1, rngs=rngs),
+        lambda: nnx_layers.GroupedConvLocal(
+            4, size, 3, input_size=5, feature_group_count=1, rngs=rngs
+        ),
+        lambda: nnx_layers.DepthwiseConv(4, 3, channel_multiplier=size, rngs=rngs),
+        lambda: nnx_layers.SeparableConv(size, 4, 3, rngs=rngs),
+        lambda: nnx_layers.CausalConv(4, 4, size, rngs=rngs),
+    ):
+        with pytest.raises(ValueError, match="the kernel would have the shape"):
+            make()
+    state = nnx_layers.CausalConv(4, 4, 3, rngs=rngs).initial_state
+    with pytest.raises(ValueError, match="the state would have the shape"):
+        state(size)
+
+
 def test_a_local_layer_has_a_position_at_least():
     settings: dict[str, Any] = dict(kernel_size=3, padding="VALID", feature_group_count=1)
     of_linen = grouped_conv_jax.linen.GroupedConvLocal(4, **settings)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from grouped_conv_jax.layers.calling import Call, flattened
-from grouped_conv_jax.layers.convolution import sizes
+from grouped_conv_jax.layers.convolution import check_elements, sizes
 from grouped_conv_jax.layers.window import Window, is_integer, window
 from grouped_conv_jax.operations import arguments
 from grouped_conv_jax.operations.streaming import streaming_conv
@@ -61,7 +61,9 @@ def initial_state(layer: Any, batch_shape: Any, in_features: Any, dtype: Any) ->
     batch = arguments.shape("batch_shape", batch)
     if dtype is None:
         dtype = layer.param_dtype if layer.dtype is None else layer.dtype
-    return jnp.zeros((*batch, made.sizes[0] - 1, features), dtype)
+    shape = (*batch, made.sizes[0] - 1, features)
+    check_elements("the state", shape)
+    return jnp.zeros(shape, dtype)
 
 
 def _check_state(state: Any, call: Call, made: Window) -> None:

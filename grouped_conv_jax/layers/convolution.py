@@ -1,6 +1,8 @@
 """The convolution as a layer takes it, and the features that it may have."""
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -47,6 +49,12 @@ def sizes(**features: Any) -> tuple[int, ...]:
       ValueError, TypeError: one is not an integer of at least 1.
     """
     return tuple(arguments.group_count(name, size) for name, size in features.items())
+
+
+def check_elements(what: str, shape: Sequence[int]) -> None:
+    """Raises ValueError if no memory has room for an array: making it would end the process."""
+    if math.prod(shape) >= 2**48:
+        raise ValueError(f"{what} would have the shape {arguments.shown(tuple(shape))}; take less")
 
 
 def check_features(in_features: int, out_features: int, feature_group_count: Any) -> int:

@@ -9,6 +9,7 @@ from flax import linen
 from grouped_conv_jax.layers.calling import check_mask, features_of
 from grouped_conv_jax.layers.convolution import (
     Convolution,
+    check_elements,
     check_features,
     check_no_other_convolution,
     sizes,
@@ -76,5 +77,7 @@ class GroupedConv(linen.Conv):
         taps = window(self.kernel_size).kernel_size
         in_features, (features,) = features_of(inputs, len(taps)), sizes(features=self.features)
         groups = check_features(in_features, features, self.feature_group_count)
-        check_mask(self.mask, (*taps, in_features // groups, features))
+        kernel_shape = (*taps, in_features // groups, features)
+        check_elements("the kernel", kernel_shape)
+        check_mask(self.mask, kernel_shape)
         return super().__call__(inputs)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from grouped_conv_jax.layers.calling import Call, prepared
+from grouped_conv_jax.layers.convolution import check_elements
 
 
 def call(
@@ -16,6 +17,7 @@ def call(
     bias_shape: tuple[int, ...],
 ) -> Call:
     """What the layer convolves, with its parameters, which are made here."""
+    check_elements("the kernel", kernel_shape)
     kernel = layer.param("kernel", layer.kernel_init, kernel_shape, layer.param_dtype)
     bias = None
     if layer.use_bias:

@@ -9,6 +9,7 @@ from flax import nnx
 from grouped_conv_jax.layers.calling import check_mask
 from grouped_conv_jax.layers.convolution import (
     Convolution,
+    check_elements,
     check_features,
     check_no_other_convolution,
     sizes,
@@ -79,6 +80,7 @@ class GroupedConv(nnx.Conv):
         in_features, out_features = sizes(in_features=in_features, out_features=out_features)
         groups = check_features(in_features, out_features, feature_group_count)
         made = window(kernel_size, strides, padding, input_dilation, kernel_dilation)
+        check_elements("the kernel", (*made.kernel_size, in_features // groups, out_features))
         super().__init__(
             in_features,
             out_features,

@@ -10,7 +10,7 @@ from flax.nnx.nn.dtypes import promote_dtype as flax_promote_dtype
 from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 
 from grouped_conv_jax.layers.calling import check_mask
-from grouped_conv_jax.layers.convolution import sizes
+from grouped_conv_jax.layers.convolution import check_elements, sizes
 from grouped_conv_jax.layers.local import local, local_of
 from grouped_conv_jax.layers.names import IN_NNX, with_names
 from grouped_conv_jax.layers.window import LayerPadding, for_each
@@ -118,6 +118,7 @@ class GroupedConvLocal(nnx.Module):
         self.kernel_shape = operation.kernel_shape(
             self.output_size, self.in_features, self.out_features
         )
+        check_elements("the kernel", self.kernel_shape)
         check_mask(mask, self.kernel_shape)
         self.kernel = nnx.Param(
             kernel_init(rngs.params(), self.kernel_shape, param_dtype), **kernel_metadata or {}

@@ -8,7 +8,7 @@ from flax import nnx
 from flax.nnx.nn.linear import default_kernel_init
 
 from grouped_conv_jax.layers.calling import check_mask
-from grouped_conv_jax.layers.convolution import sizes
+from grouped_conv_jax.layers.convolution import check_elements, sizes
 from grouped_conv_jax.layers.names import IN_NNX, with_names
 from grouped_conv_jax.layers.transposed import transposed, transposed_of
 from grouped_conv_jax.layers.window import LayerPadding
@@ -93,6 +93,7 @@ class GroupedConvTranspose(nnx.ConvTranspose):
         )
         in_features, out_features = sizes(in_features=in_features, out_features=out_features)
         shape = operation.kernel_shape(in_features, out_features)
+        check_elements("the kernel", shape)
         super().__init__(
             in_features,
             out_features,
