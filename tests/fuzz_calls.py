@@ -77,13 +77,19 @@ def _sum(result: Any) -> jax.Array:
     return sum((jnp.real(leaf).astype("float32").sum() for leaf in leaves), jnp.float32(0))
 
 
+def _jitted(function: Callable, traced: dict) -> Any:
+    # JAX compiles for types as well, and XLA aborts if they are of more than 64 bits' bytes.
+    are_types = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(traced))
+    return jax.eval_shape(function, traced) if are_types else jax.jit(function)(traced)
+
+
 def _in_64_bits(function: Callable, traced: dict) -> Any:
     with jax.enable_x64(True):
         return jax.eval_shape(function, traced)
 
 
 abstract = _with_arrays(jax.eval_shape)
-jitted = _with_arrays(lambda function, traced: jax.jit(function)(traced))
+jitted = _with_arrays(_jitted)
 lowered = _with_arrays(lambda function, traced: jax.jit(function).lower(traced))
 gradient = _with_arrays(lambda f, traced: jax.grad(lambda traced: _sum(f(traced)))(traced))
 abstract_gradient = _with_arrays(
