@@ -116,6 +116,8 @@ def _read(path: Path) -> list[Stored | None]:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
         raise ValueError("not JSON") from None
+    except IsADirectoryError:
+        raise ValueError("a directory") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError("not a tuning")
     if content.get("version") != VERSION:

@@ -303,7 +303,9 @@ def _array(name: str, value: Any) -> tuple[Any, Any]:
     if isinstance(value, np.ndarray):
         return np, value
     if isinstance(value, jax.Array) or hasattr(value, "__jax_array__"):
-        return jnp, jnp.asarray(value)
+        array = jnp.asarray(value)
+        arguments.check_bits(name, array.dtype)
+        return jnp, array
     kind = type(value)
     is_of_torch = kind.__module__.startswith("torch")
     mend = "layer.weight.detach().numpy()" if is_of_torch else "np.asarray"

@@ -339,10 +339,10 @@ INTEGERS = (
     "object()",
 )  # fmt: skip
 SMALL = ("0", "1", "2", "3", "4", "5", "8")
-# None of 2 bits: XLA aborts where arrays of them are joined on a CPU, by jnp.concatenate too.
 DTYPES = (
     "float16", "bfloat16", "float64", "float8_e4m3fn", "float8_e5m2", "float4_e2m1fn", "int4",
-    "uint4", "int8", "uint8", "int32", "int64", "uint64", "bool", "complex64", "complex128",
+    "int2", "uint2", "uint4", "int8", "uint8", "int32", "int64", "uint64", "bool",
+    "complex64", "complex128",
 )  # fmt: skip
 STRINGS = (
     "''", "'a'", "'SAME'", "'HWIO'", "'OIHW'", "'G'", "'...'", "'transposed '", "'ß'", "'\\0'",

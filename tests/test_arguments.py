@@ -13,7 +13,7 @@ from cases import named
 from jax import lax
 
 import grouped_conv_jax.operations.conv
-from grouped_conv_jax import grouped_conv
+from grouped_conv_jax import grouped_conv, weights
 
 LHS, RHS = (4, 6, 5, 5), (4, 3, 3, 3)
 GOOD = {"window_strides": (1, 1), "padding": "SAME", "feature_group_count": 2}
@@ -300,7 +300,7 @@ WRONG = {
         TypeError,
         ["preferred_element_type", "[1]"],
     ),
-    "a list as an implementation": ({"implementation": []}, TypeError, ["implementation", "[]"]),
+    "a list as an implementation": ({"implementation": []}, TypeError, ["implementation", "list"]),
     "a list as a sharding": ({"out_sharding": []}, TypeError, ["out_sharding", "[]"]),
     "booleans as a padding": (
         {"padding": [(True, True)] * 2},
@@ -529,3 +529,21 @@ def test_the_signature_is_that_of_lax():
 def test_the_implementation_is_by_name_only():
     with pytest.raises(TypeError, match="positional"):
         grouped_conv(*[None] * 13)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+@pytest.mark.parametrize("dtype", ["int2", "uint2"])
+def test_integers_of_two_bits_are_refused(dtype):
+    # XLA ends the process when it joins such arrays.
+    x, w = jnp.ones((1, 4, 5, 5), dtype), jnp.ones((4, 2, 3, 3), dtype)
+    with pytest.raises(TypeError, match=f"lhs must not be of {dtype}; convert it"):
+        grouped_conv(x, w, (1, 1), "SAME", feature_group_count=2)
+    with pytest.raises(TypeError, match=f"must not be of {dtype}; convert it"):
+        weights.merge_groups([w, w])
+
+
+def test_a_name_that_cannot_be_written_is_refused():
+    nested: Any = 1
+    for _ in range(100_000):
+        nested = [nested]
+    with pytest.raises(TypeError, match="implementation must be a name or None, got list"):
+        grouped_conv(ones(LHS), ones((4, 6, 3, 3)), (1, 1), "SAME", implementation=nested)

@@ -181,6 +181,14 @@ TOO_LARGE = {
         lambda: grouped_conv(X, W, (1, 1), [("CIRCULAR", (2**40, 0)), (1, 1)], **ARRAYS),
         "at most 2147483647",
     ),
+    "taps of kernels of their own, of types": (
+        lambda: jax.eval_shape(
+            lambda x, w: grouped_conv_local(x, w, (1, 1), "SAME", (2**31 - 1, 1), **ARRAYS),
+            jax.ShapeDtypeStruct(X.shape, X.dtype),
+            jax.ShapeDtypeStruct((8, 6, 2 * (2**31 - 1), 4), X.dtype),
+        ),
+        "at most 2147483647 can be read",
+    ),
     "groups": (
         lambda: grouped_conv(
             X, W, (1, 1), "SAME", dimension_numbers=NHWC, feature_group_count=2**70

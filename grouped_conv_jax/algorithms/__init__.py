@@ -52,7 +52,7 @@ def implementations() -> tuple[str, ...]:
 def check_name(name: str | None) -> None:
     """Raises TypeError or ValueError unless `name` is in the table, or None."""
     if name is not None and not isinstance(name, str):
-        raise TypeError(f"implementation must be a name or None, got {name!r}")
+        raise TypeError(f"implementation must be a name or None, got {type(name).__name__}")
     if name is not None and name not in TABLE:
         raise ValueError(f"unknown implementation {name!r}; known: {', '.join(TABLE)}, or None")
 

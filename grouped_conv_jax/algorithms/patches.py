@@ -41,6 +41,8 @@ def supports(contraction: Contraction, spec: ConvSpec, platform: str) -> str | N
         return "it needs to know all sizes"
     if not spec.window_strides:
         return "it needs a spatial dimension"
+    if jax.dtypes.itemsize_bits(spec.operand_dtype(contraction)) < 8:
+        return f"XLA does not multiply matrices of {spec.operand_dtype(contraction)}"
     products = spec.feature_group_count * math.prod(spec.spatial_shape("rhs")[:-1])
     if products > MAX_PRODUCTS:
         return f"{products} matrix products are more than {MAX_PRODUCTS}"

@@ -117,7 +117,14 @@ def array_type(name: str, value: Any) -> Any:
         is_of_torch = kind.__module__.startswith("torch")
         mend = f"{name}.detach().numpy()" if is_of_torch else "jnp.asarray"
         raise TypeError(f"{name} must be an array, got {kind.__name__}; convert it with {mend}")
+    check_bits(name, aval.dtype)
     return aval
+
+
+def check_bits(name: str, dtype: Any) -> None:
+    """Raises TypeError for integers of two bits. XLA ends the process when it joins such arrays."""
+    if jax.dtypes.itemsize_bits(dtype) == 2:
+        raise TypeError(f"{name} must not be of {dtype}; convert it with astype(jnp.int8)")
 
 
 def shape(name: str, value: Any) -> tuple[Any, ...]:

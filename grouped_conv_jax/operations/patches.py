@@ -4,6 +4,7 @@ The data is moved (padded, sliced, stacked), and nothing is multiplied: every dt
 infinity or NaN is where it was, and nowhere else.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -116,7 +117,23 @@ def kernel_type(
 
 
 def extract(lhs: jax.Array, spec: ConvSpec) -> jax.Array:
-    """Patches in the layout of the output, with the taps as dimensions after the features."""
+    """Patches in the layout of the output, with the taps as dimensions after the features.
+
+    Raises:
+      ValueError: the padded input is too large to be looked up in.
+    """
+    for size, padding in zip(spec.extent("lhs"), spec.padding, strict=True):
+        if isinstance(size + sum(padding), int) and size + sum(padding) > arguments.LARGEST:
+            raise ValueError(
+                f"filter_shape={spec.spatial_shape('rhs')} needs an input padded to "
+                f"{size + sum(padding)} positions; at most {arguments.LARGEST} can be read"
+            )
+    return _extracted(lhs, spec)
+
+
+# Outside jit each slice would be compiled by itself.
+@functools.partial(jax.jit, static_argnames="spec")
+def _extracted(lhs: jax.Array, spec: ConvSpec) -> jax.Array:
     config = [(0, 0, 0)] * lhs.ndim
     for i, d in enumerate(spec.spatial_dimensions("lhs")):
         low, high = spec.padding[i]
