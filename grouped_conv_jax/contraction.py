@@ -197,7 +197,9 @@ def _lowering_rule(platform: str):
             if watch is not None:
                 watch.note(equation, device, computed_spec, divided_over)
 
-        key = f"{implementation} {choices} {watch}"
+        # The same ranking may choose differently for another kind of device.
+        measured_on = None if choices is None else device
+        key = f"{implementation} {choices} {measured_on} {watch}"
         computation = divided(compute, contraction, spec, platform, key, ctx, note)
         # The type of the result is settled; how it is computed need not be typed as well.
         computation = untyped(computation, ctx.avals_out[0].sharding)

@@ -7,15 +7,31 @@ from typing import Any, NamedTuple
 import jax
 from jax.interpreters import mlir
 
+from grouped_conv_jax import native, processor
+
 
 class DeviceKind(NamedTuple):
-    """A platform, as implementations are told of it, and JAX's name of the model."""
+    """The model of a device. Measurements are valid for one kind of device.
+
+    JAX calls every CPU "cpu". A CPU's kind is therefore made of the processor's name, the
+    instruction set of the native kernels, and the size of XLA's thread pool, for example
+    "AMD EPYC 7B13 64-Core Processor, avx2, 2 threads".
+
+    Attributes:
+      platform: the platform by which implementations are chosen, for example "cpu" or "cuda".
+      kind: JAX's name of the model, for example "NVIDIA H100 80GB HBM3", or what a CPU has instead.
+    """
 
     platform: str
     kind: str
 
     def __str__(self) -> str:
         return self.kind if self.kind == self.platform else f"{self.kind} ({self.platform})"
+
+    @property
+    def short(self) -> str:
+        """The kind in a few words: "cpu" for all CPUs."""
+        return self.platform if self.platform == "cpu" else str(self)
 
     @classmethod
     def of(cls, device: Any) -> "DeviceKind":
@@ -24,14 +40,18 @@ class DeviceKind(NamedTuple):
             version = device.client.platform_version.lower()
             platform = "rocm" if "rocm" in version else "cuda"
         known = platform in ("cpu", "cuda", "rocm", "tpu")
-        return cls(platform if known else "another platform", device.device_kind)
+        return cls(platform if known else "another platform", _kind(device))
 
     @classmethod
     def lowered_for(cls, platform: str, context: mlir.LoweringRuleContext) -> "DeviceKind | None":
         """Returns the kind of the devices that a program is lowered for.
 
-        It is None if it is lowered for a platform and not for devices, as `jax.export` does. The
-        devices may be those of a topology, which this process does not have.
+        It is None if the program is lowered for several platforms, or for one that this process
+        does not use. `jax.export` may do so. A program that is exported for the platform of this
+        process is lowered for its devices: on a CPU, for this processor.
+
+        The devices may be those of a topology, which this process does not have. CPU devices of
+        other processes are taken to have the same processor as those of this process.
         """
         module = context.module_context
         backend = None if module.backend is None else module.get_backend(optional=True)
@@ -40,7 +60,7 @@ class DeviceKind(NamedTuple):
         devices = getattr(module.axis_context, "device_assignment", None)
         devices = devices or backend.local_devices() or backend.devices()
         check_one_platform(devices)
-        return cls(platform, devices[0].device_kind) if devices else None
+        return cls(platform, _kind(devices[0])) if devices else None
 
     def device(self) -> Any:
         """Returns a device of this kind that this process has.
@@ -51,9 +71,18 @@ class DeviceKind(NamedTuple):
         backend = None if self.platform == "another platform" else self.platform
         with contextlib.suppress(RuntimeError):  # JAX has no such backend here.
             for device in jax.local_devices(backend=backend):
-                if device.device_kind == self.kind:
+                if _kind(device) == self.kind:
                     return device
         raise RuntimeError(f"this process has no device of the kind {self}")
+
+
+def _kind(device: Any) -> str:
+    """Returns the name of a device's model, which on a CPU is that of its processor and more."""
+    if device.platform != "cpu":
+        return device.device_kind
+    instructions = native.instruction_set() or "no native kernels"
+    threads = processor.threads(device.client.local_device_count())
+    return f"{processor.name()}, {instructions}, {threads} thread{'s' * (threads > 1)}"
 
 
 def check_one_platform(devices: Iterable[Any]) -> None:

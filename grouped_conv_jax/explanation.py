@@ -240,7 +240,7 @@ def _paragraph(rows: Sequence[Row]) -> str:
     return "\n".join(
         [
             f"{row.contraction}: {row.description}",
-            f"{often} on {row.device}, {size}{whole * row.divided_by_xla}",
+            f"{often} on {row.device.short}, {size}{whole * row.divided_by_xla}",
             *aligned(table, numbers=("expected ms", "measured ms")),
         ]
     )

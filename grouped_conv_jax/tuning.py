@@ -7,11 +7,12 @@ the ranking (`Choices`) along, through transformations, to where the choice is m
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 import os
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 
@@ -77,7 +78,7 @@ class Choices:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Tuning:
-    """Measured times of implementations; as a string, a table.
+    """Measured times of implementations; as a string, a table for each kind of device.
 
     In `with tuning:` each contraction that was measured, on the kind of device and with the shapes
     that one device gets, is computed by the fastest implementation (of those that run unasked:
@@ -90,6 +91,9 @@ class Tuning:
 
     Where a program runs in several processes, all must use the same tuning: tune in one, `save`,
     and `load` it in all.
+
+    The kind of a CPU is its processor, the instruction set of the native kernels and the number of
+    XLA's threads. A program that is exported on a CPU uses the measurements of that CPU.
 
     Attributes:
       measurements: in a fixed order, one for each contraction, spec and kind of device.
@@ -187,7 +191,7 @@ class Tuning:
         measurements, reasons = tuning_file.load(path)
         here = DeviceKind.of(jax.local_devices()[0])
         if measurements and all(m.subject.device != here for m in measurements):
-            others = ", ".join(sorted({str(m.subject.device) for m in measurements}))
+            others = " and ".join(sorted({_full_name(m.subject.device) for m in measurements}))
             reasons = [*reasons, f"measured on {others}, and this is {here}"]
         if reasons:
             warnings.warn(f"{path}: measurements not used: {'; '.join(reasons)}", stacklevel=2)
@@ -201,12 +205,25 @@ class Tuning:
     def __str__(self) -> str:
         if not self.measurements:
             return "No measurements."
-        names = [n for n in TABLE if any(n in dict(m.seconds) for m in self.measurements)]
-        table = [["device", "contraction", *(f"{name} ms" for name in names), "spec"]]
-        for m in self.measurements:
-            times = [_milliseconds(dict(m.seconds), name) for name in names]
-            table.append([str(m.subject.device), m.subject.contraction, *times, m.subject.spec])
-        return "\n".join(aligned(table, numbers=table[0][2:-1]))
+        # They are in the order of their devices.
+        groups = itertools.groupby(self.measurements, lambda m: m.subject.device)
+        return "\n\n".join(_table(device, tuple(group)) for device, group in groups)
+
+
+def _table(device: DeviceKind, measurements: Sequence[Measurement]) -> str:
+    """Returns the measurements on one kind of device, under a line that names it."""
+    names = [n for n in TABLE if any(n in dict(m.seconds) for m in measurements)]
+    table = [["contraction", *(f"{name} ms" for name in names), "spec"]]
+    for m in measurements:
+        times = [_milliseconds(dict(m.seconds), name) for name in names]
+        table.append([m.subject.contraction, *times, m.subject.spec])
+    return "\n".join([f"{device}:", *aligned(table, numbers=table[0][1:-1])])
+
+
+def _full_name(device: DeviceKind) -> str:
+    """Returns the name of a kind of device for a message."""
+    # Older files have JAX's kind of a CPU, which is "cpu" for all processors.
+    return "a CPU that is not named" if device == ("cpu", "cpu") else str(device)
 
 
 def _milliseconds(seconds: Mapping[str, float | None], name: str) -> str:

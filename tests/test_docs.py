@@ -29,7 +29,7 @@ INNER = {"native": ("FAILURE", "FOLDER", "LIBRARY", "target")}
 WITHOUT_EXAMPLE = re.compile(
     r"Explanation|Collective|Exchange|Row|Memory|PlacementReport"  # What functions return.
     r"|AlexNetConfig|ConvLayer|make_mesh"  # In the examples of AlexNet and TowerNet.
-    r"|instruction_sets|use_instruction_set|missing"  # They depend on the machine.
+    r"|instruction_sets?|use_instruction_set|missing"  # They depend on the machine.
 )
 
 

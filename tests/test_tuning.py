@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxprs import convolutions
 from test_values import value_and_gradients
 
-from grouped_conv_jax import Tuning, measuring, selection, tune
+from grouped_conv_jax import Tuning, measuring, processor, selection, tune
 from grouped_conv_jax.algorithms import TABLE, unsupported, xla
 from grouped_conv_jax.devices import DeviceKind
 from grouped_conv_jax.measurement import Measurement, Subject, spec_key
@@ -29,7 +29,7 @@ from grouped_conv_jax.spec import ConvSpec
 from grouped_conv_jax.towers import make_mesh
 
 CONTRACTIONS = ("fprop", "dgrad", "wgrad")
-HERE = DeviceKind("cpu", "cpu")
+HERE = DeviceKind.of(jax.devices("cpu")[0])
 (CASE,) = named("NHWC")
 X, W, Y = CASE.random()
 CONV = CASE.conv()
@@ -285,7 +285,7 @@ def test_other_shapes_and_other_devices_have_no_effect():
     with made_up(CONV, X[:1], W, times=FOR_VMAP):
         assert lowered(CONV, X, W) == automatic(CONV, X, W)
         assert lowered(CONV, X[:1], W) == {("fprop", "vmap")}
-    for device in (DeviceKind("cpu", "abacus"), DeviceKind("tpu", "cpu")):
+    for device in (DeviceKind("cpu", "cpu"), DeviceKind("tpu", HERE.kind)):
         with made_up(CONV, X, W, times=FOR_VMAP, device=device):
             assert lowered(CONV, X, W) == automatic(CONV, X, W)
 
@@ -382,7 +382,7 @@ def test_the_work_of_one_device_in_shard_map_is_tuned():
         assert lowered(spread, X, W) == automatic(spread, X, W)
 
 
-def test_the_key_of_the_compilation_cache_tells_choices_apart():
+def test_the_key_of_the_compilation_cache_tells_choices_apart(monkeypatch):
     x, w = sharded()
 
     def metadata(*tunings: Tuning) -> str:
@@ -397,6 +397,11 @@ def test_the_key_of_the_compilation_cache_tells_choices_apart():
     keys = [metadata(made_up(CONV, x, w, times=times)) for times in (one, two, slower)]
     assert keys[0] != keys[1] == keys[2]
     assert metadata() not in keys
+    # On another processor the same tuning may lead to other choices.
+    untuned = metadata()
+    monkeypatch.setattr(processor, "name", lambda: "abacus")
+    assert metadata(made_up(CONV, x, w, times=one)) not in keys
+    assert metadata() == untuned
 
 
 # A tuning as a value.
@@ -428,9 +433,14 @@ def test_equal_tunings_are_one_key():
 
 def test_a_tuning_is_a_table():
     tuning = made_up(CONV, X, W, times={"xla": 2e-3, "vmap": 1.5e-3, "dense": None})
-    heading, line = str(tuning).splitlines()
-    assert heading.startswith("device  contraction  xla ms  vmap ms  dense ms  spec")
-    assert line.startswith("cpu     fprop         2.000    1.500    failed  float32[2,7,6,4] ")
+    device, heading, line = str(tuning).splitlines()
+    assert device == f"{HERE}:"
+    assert heading == "contraction  xla ms  vmap ms  dense ms  spec"
+    assert line.startswith("fprop         2.000    1.500    failed  float32[2,7,6,4] ")
+    other = made_up(CONV, X, W, times={"xla": 1e-3}, device=DeviceKind("tpu", "TPU v9"))
+    first, second = str(other | tuning).split("\n\n")
+    assert first == str(tuning)
+    assert second.splitlines()[:2] == ["TPU v9 (tpu):", "contraction  xla ms  spec"]
     assert str(Tuning()) == "No measurements."
     assert repr(tuning) == "<Tuning of 1 contractions>"
     text = str(jax.make_jaxpr(CONV)(X, W))

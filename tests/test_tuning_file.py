@@ -2,12 +2,13 @@
 
 import functools
 import json
+import re
 import subprocess
 import sys
 from typing import Any
 
 import pytest
-from test_tuning import CONV, FOR_VMAP, W, X, Y, automatic, lowered, made_up
+from test_tuning import CONV, FOR_VMAP, HERE, W, X, Y, automatic, lowered, made_up
 from test_values import value_and_gradients
 
 from grouped_conv_jax import Tuning
@@ -138,12 +139,26 @@ def test_other_versions_are_not_trusted(package, tuning, tmp_path):
 def test_other_devices_are_not_trusted(tuning, tmp_path):
     path = tmp_path / "tuning.json"
     made_up(CONV, X, W, times=FOR_VMAP, device=DeviceKind("tpu", "TPU v9")).save(path)
-    found = loaded_with_one_warning(path, r"measured on TPU v9 \(tpu\), and this is cpu")
+    found = loaded_with_one_warning(
+        path, rf"measured on TPU v9 \(tpu\), and this is {re.escape(str(HERE))}$"
+    )
     with found:
         assert lowered(CONV, X, W) == automatic(CONV, X, W)
     # A file for several devices is nothing to warn of.
     tuning.save(path)
     assert Tuning.load(path) == tuning | found
+
+
+def test_a_cpu_that_the_file_does_not_name_is_another_device(tuning, tmp_path):
+    path = tmp_path / "tuning.json"
+    tuning.save(path)
+    changed(path, device_kind="cpu")
+    match = f"not used: measured on a CPU that is not named, and this is {re.escape(str(HERE))}$"
+    with loaded_with_one_warning(path, match):
+        assert lowered(CONV, X, W) == automatic(CONV, X, W)
+    tuning.save(path)
+    with Tuning.load(path):
+        assert lowered(CONV, X, W) == {("fprop", "vmap")}
 
 
 PROGRAM = """
@@ -152,11 +167,11 @@ from grouped_conv_jax import Tuning
 from grouped_conv_jax.devices import DeviceKind
 from grouped_conv_jax.measurement import Measurement, Subject
 
-path, who = sys.argv[1:]
+path, platform, kind, who = sys.argv[1:]
 print("ready", flush=True)
 input()
 for i in range(20):
-    subject = Subject(DeviceKind("cpu", "cpu"), "fprop", f"{who} {i}")
+    subject = Subject(DeviceKind(platform, kind), "fprop", f"{who} {i}")
     Tuning((Measurement.of(subject, {"xla": 1.0}),)).save(path)
 """
 
@@ -166,7 +181,7 @@ def test_processes_that_save_at_once_lose_nothing(tmp_path):
     start = functools.partial(
         subprocess.Popen, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    writers = [start([sys.executable, "-c", PROGRAM, str(path), who]) for who in "ab"]
+    writers = [start([sys.executable, "-c", PROGRAM, str(path), *HERE, who]) for who in "ab"]
     for writer in writers:
         assert writer.stdout is not None
         assert writer.stdout.readline() == "ready\n"

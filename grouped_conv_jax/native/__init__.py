@@ -64,9 +64,24 @@ def _compiled_for() -> list[str]:
     return names
 
 
+def instruction_set() -> str | None:
+    """Returns the best instruction set that the kernels use, or None if there are no kernels.
+
+    It is the first of `instruction_sets()`, unless `use_instruction_set` has named another one.
+    """
+    return _limit or next(iter(instruction_sets()), None)
+
+
+_limit: str | None = None
+"""The instruction set that `use_instruction_set` has named."""
+
+
 def use_instruction_set(name: str) -> None:
     """From now on this one is the best that is used, in all calls of the process; to undo it, use
     the first of `instruction_sets()`.
+
+    Measurements are valid for one instruction set (see `grouped_conv_jax.tune`). Functions that
+    were compiled before keep the implementations that were chosen for them.
 
     Raises:
       ValueError: it is not one of `instruction_sets()`.
@@ -75,4 +90,6 @@ def use_instruction_set(name: str) -> None:
         raise ValueError(
             f"unknown instruction set {name!r}; known: {', '.join(instruction_sets())}"
         )
+    global _limit
     _library().grouped_conv_use_instruction_set(_compiled_for().index(name))
+    _limit = name
