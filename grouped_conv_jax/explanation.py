@@ -6,14 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from grouped_conv_jax import selection, xla_partition
+from grouped_conv_jax import calls, selection, xla_partition
 from grouped_conv_jax.algorithms import TABLE, unsupported
 from grouped_conv_jax.devices import DeviceKind
 from grouped_conv_jax.occurrences import Occurrence, occurrences
-from grouped_conv_jax.operations.conv import grouped_conv
 from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec
 from grouped_conv_jax.table import aligned
 from grouped_conv_jax.tuning import Tuning, active, runs_unasked
@@ -103,8 +99,14 @@ def explain(*args: Any, tuning: Tuning | None = None, **kwargs: Any) -> Explanat
     Nothing is run. The function is traced; it is compiled only if several devices share a
     convolution in it, since that is where the shapes that each of them gets are decided.
 
+    The function may change its arguments, such as modules and optimizers of Flax nnx: it gets
+    copies, and what it changes in them counts as a result. The same holds for the object of a bound
+    method and for the arguments in a `functools.partial`. An object that JAX does not know as a
+    tree must not change, nor may a variable outside the function.
+
     Args:
-      *args: see above. What is not an array in the arguments of a function is static.
+      *args: see above. What is not an array in the arguments of a function is static, and so are
+        NumPy's scalars.
       tuning: is put in place of that of the context, which else is explained.
       **kwargs: see above.
 
@@ -112,6 +114,7 @@ def explain(*args: Any, tuning: Tuning | None = None, **kwargs: Any) -> Explanat
       The tables; `rows` are the same as objects.
 
     Raises:
+      ValueError: the function changes something that is not among its arguments.
       NotImplementedError: an `implementation` is asked for that does not support its convolution,
         in a function that has to be lowered.
 
@@ -135,24 +138,9 @@ def explain(*args: Any, tuning: Tuning | None = None, **kwargs: Any) -> Explanat
       >>> sorted({row.contraction for row in explanation.rows if row.is_chosen})
       ['dgrad', 'fprop', 'wgrad']
     """
-    function, arguments = _with_gradients, args
-    if args and callable(args[0]):
-        function, arguments = args[0], args[1:]
     with tuning or contextlib.nullcontext():
-        found = occurrences(function, arguments, kwargs)
+        found = occurrences(*calls.parsed(args, kwargs))
         return Explanation(tuple(_rows(occurrence, active()) for occurrence in found))
-
-
-def _with_gradients(lhs: Any, rhs: Any, *args: Any, **kwargs: Any) -> Any:
-    """A convolution in its three contractions."""
-
-    def conv(lhs: Any, rhs: Any) -> jax.Array:
-        return grouped_conv(lhs, rhs, *args, **kwargs)
-
-    if not jnp.issubdtype(jax.eval_shape(conv, lhs, rhs).dtype, jnp.inexact):
-        return conv(lhs, rhs)
-    out, gradients = jax.vjp(conv, lhs, rhs)
-    return out, gradients(out)
 
 
 def _rows(o: Occurrence, tuning: Tuning | None) -> tuple[Row, ...]:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grouped_conv_jax import selection
+from grouped_conv_jax import calls, selection
 from grouped_conv_jax.algorithms import TABLE, unsupported
 from grouped_conv_jax.devices import DeviceKind
 from grouped_conv_jax.measurement import Measurement, Subject, spec_key
@@ -35,32 +35,35 @@ SAMPLE_SECONDS = 2e-3
 """For one sample, what is faster is run several times."""
 
 
-def tune(function: Callable, *args: Any, repeats: int = 10, **kwargs: Any) -> Tuning:
-    """Measures which implementations are the fastest for the convolutions in a function's call,
-    `function(*args, **kwargs)`.
+def tune(*args: Any, repeats: int = 10, **kwargs: Any) -> Tuning:
+    """Measures which implementations are the fastest.
 
-    Each distinct contraction that it has (forward; gradients, if it takes them), in the shapes that
-    one device gets, is computed alone by each implementation that supports it (by the first of
-    those that are the same function), on a device of the kind that it would run on. Those with an
-    `implementation` of their own are left out, and so are those that XLA divides among devices by
-    itself (a TPU's mesh with Auto axes), where what one device gets is not known.
+    The arguments are those of `explain`. `tune(function, *args, **kwargs)` measures all grouped
+    convolutions in `function(*args, **kwargs)`, and gradients if the function takes them.
+    `tune(lhs, rhs, window_strides, padding, ...)`, with the arguments of `grouped_conv`, measures
+    that convolution and its two gradients.
+
+    Each distinct contraction, in the shapes that one device gets, is computed alone by each
+    implementation that supports it (by the first of those that are the same function), on a device
+    of the kind that it would run on. Those with an `implementation` of their own are left out, and
+    so are those that XLA divides among devices by itself (a TPU's mesh with Auto axes), where what
+    one device gets is not known.
 
     Args:
-      function: a function of arrays, compiled with `jax.jit` or not; it is traced, and if several
-        devices share it compiled, but not run.
-      *args: its arguments; arrays, or `jax.ShapeDtypeStruct` (with shardings, if any), in trees;
-        everything else is static.
-      **kwargs: more of them, by name.
+      *args: a function and its arguments, as for `explain`, or the arguments of `grouped_conv`. The
+        function is traced, and if several devices share it compiled, but not run.
       repeats: samples for each implementation, of which the median counts.
+      **kwargs: more arguments, by name.
 
     Returns:
       The times: print them, use them in `with tuning:`, keep them with `tuning.save(path)`.
 
     Raises:
-      ValueError: `repeats` is less than 1.
+      ValueError: `repeats` is less than 1, or the function changes something that is not among its
+        arguments.
       RuntimeError: the function is for devices that this process does not have, such as those of a
         topology.
-      TypeError: `function` is not callable, or `repeats` no integer.
+      TypeError: `repeats` is not an integer.
 
     Warns:
       UserWarning: an implementation fails on what it is said to support, and is not used there. Or
@@ -79,12 +82,10 @@ def tune(function: Callable, *args: Any, repeats: int = 10, **kwargs: Any) -> Tu
       >>> with tuning:
       ...     dx, dw = step(x, w)
     """
-    if not callable(function):
-        raise TypeError(f"tune takes a function and its arguments, got {type(function).__name__}")
     repeats = arguments.group_count("repeats", repeats)
     measured: dict[tuple[DeviceKind, Contraction, ConvSpec], Measurement] = {}
     divided_by_xla = 0
-    for o in occurrences(function, args, kwargs):
+    for o in occurrences(*calls.parsed(args, kwargs)):
         key = o.device, o.contraction, o.spec
         if o.divided_over is not None:
             divided_by_xla += 1

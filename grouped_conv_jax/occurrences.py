@@ -14,6 +14,8 @@ from jax.core import Tracer
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import AbstractMesh, AxisType, Mesh, Sharding
 
+from grouped_conv_jax import calls
+from grouped_conv_jax.calls import Call
 from grouped_conv_jax.contraction import grouped_conv_p
 from grouped_conv_jax.devices import DeviceKind, check_one_platform
 from grouped_conv_jax.spec import Contraction, ConvSpec
@@ -53,17 +55,7 @@ def occurrences(
 
     What is not an array (or a `jax.ShapeDtypeStruct`) among the arguments is static.
     """
-    leaves, tree = jax.tree.flatten((tuple(args), dict(kwargs)))
-    traced = [_is_array(leaf) for leaf in leaves]
-    arrays = [leaf for leaf, is_traced in zip(leaves, traced, strict=True) if is_traced]
-
-    def call(*arrays: Any) -> Any:
-        given = iter(arrays)
-        values = [next(given) if t else x for x, t in zip(leaves, traced, strict=True)]
-        args, kwargs = jax.tree.unflatten(tree, values)
-        return function(*args, **kwargs)
-
-    traced_call = jax.jit(call).trace(*arrays)
+    arrays, traced_call = calls.traced(Call(function, tuple(args), dict(kwargs)))
     devices = _devices(arrays, traced_call.jaxpr)
     check_one_platform(devices)
     here = DeviceKind.of(devices[0])
@@ -87,11 +79,6 @@ def occurrences(
             )
             total[occurrence] += times
     return [dataclasses.replace(o, times=times) for o, times in total.items()]
-
-
-def _is_array(x: Any) -> bool:
-    # NumPy's scalar types have these names, too.
-    return hasattr(x, "shape") and hasattr(x, "dtype") and not isinstance(x, type)
 
 
 def _count(jaxpr: Any, times: int, settled: Counter[Equation], shared: Counter[Equation]) -> None:
