@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grouped_conv_jax.kept_state import kept_state
 from grouped_conv_jax.operations.conv import grouped_conv
 
 
@@ -53,9 +52,10 @@ def traced(call: Call) -> tuple[list[Any], Any]:
 
     An array may be a `jax.ShapeDtypeStruct`. All other arguments are static. The function itself
     counts as an argument where it has arrays: as a module, a bound method or a partial function.
+    As under `jax.jit`, it must not change anything else: tracers would be left there.
 
     Raises:
-      ValueError: the function changes something that is not among its arguments.
+      ValueError: the function changes a module of Flax that is not among its arguments.
     """
     arrays: list[Any] = []
 
@@ -74,8 +74,7 @@ def traced(call: Call) -> tuple[list[Any], Any]:
         return [leaf for leaf in _leaves((out, copy)) if isinstance(leaf, jax.Array)]
 
     try:
-        with kept_state(call):
-            return arrays, jax.jit(compute).trace(*arrays)
+        return arrays, jax.jit(compute).trace(*arrays)
     except Exception as error:
         if "different trace level" in str(error):  # It is a module of Flax nnx that says so.
             raise ValueError(

@@ -114,7 +114,7 @@ def explain(*args: Any, tuning: Tuning | None = None, **kwargs: Any) -> Explanat
       The tables; `rows` are the same as objects.
 
     Raises:
-      ValueError: the function changes something that is not among its arguments.
+      ValueError: the function changes a module of Flax that is not among its arguments.
       NotImplementedError: an `implementation` is asked for that does not support its convolution,
         in a function that has to be lowered.
 

@@ -59,8 +59,8 @@ def tune(*args: Any, repeats: int = 10, **kwargs: Any) -> Tuning:
       The times: print them, use them in `with tuning:`, keep them with `tuning.save(path)`.
 
     Raises:
-      ValueError: `repeats` is less than 1, or the function changes something that is not among its
-        arguments.
+      ValueError: `repeats` is less than 1, or the function changes a module of Flax that is not
+        among its arguments.
       RuntimeError: the function is for devices that this process does not have, such as those of a
         topology.
       TypeError: `repeats` is not an integer.

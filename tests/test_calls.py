@@ -313,69 +313,6 @@ def test_what_a_function_writes_into_containers_and_references():
 # What cannot be traced.
 
 
-class Trainer:
-    """An object that JAX does not know."""
-
-    def __init__(self):
-        self.w, self.losses = W, []
-
-    def step(self, x):
-        value, grad = jax.value_and_grad(loss)(self.w, x)
-        self.w -= grad
-        self.losses.append(value)
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def compiled(self, x):
-        self.w -= jax.grad(loss)(self.w, x)
-
-    def value(self, x):
-        return loss(self.w, x)
-
-
-def test_attributes_that_change_are_refused_and_kept():
-    trainer = Trainer()
-    message = "changes an attribute of the Trainer.*pass the old value as an argument"
-    for function, *args in (
-        (trainer.step, X),
-        (trainer.compiled, X),
-        (Trainer.step, trainer, X),
-        (lambda x: trainer.step(x), X),
-    ):
-        with pytest.raises(ValueError, match=message):
-            explain(function, *args)
-        assert trainer.w is W
-        assert trainer.losses == []
-    assert contractions(trainer.value, X) == {"fprop": 1}
-
-
-def closing() -> tuple[Callable, Callable]:
-    w, history = W, []
-
-    def step(x):
-        nonlocal w
-        w -= jax.grad(loss)(w, x)
-        history.append(w)
-
-    return step, lambda: (w, history)
-
-
-def write_global(x):
-    global NEW
-    NEW = conv(x, W)
-
-
-def test_variables_that_change_are_refused_and_kept():
-    step, state = closing()
-    for function in (step, jax.jit(step)):
-        with pytest.raises(ValueError, match="variable 'history' and the variable 'w'"):
-            explain(function, X)
-        assert state()[0] is W
-        assert state()[1] == []
-    with pytest.raises(ValueError, match="variable 'NEW'"):
-        tune(write_global, X)
-    assert "NEW" not in globals()
-
-
 def test_modules_that_are_not_arguments_are_refused():
     objects = nnx_objects()
     before = values(objects)
