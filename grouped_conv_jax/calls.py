@@ -5,6 +5,7 @@ tracers, and what it leaves in the copies counts as a result.
 """
 
 import functools
+import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -98,8 +99,13 @@ def _children(x: Any) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:
         parts = [x.func, x.args, x.keywords]
         return parts, lambda parts: functools.partial(parts[0], *parts[1], **parts[2])
     children, tree = jax.tree.flatten(x, is_leaf=lambda y: y is not x)
-    is_leaf = len(children) == 1 and children[0] is x
-    return None if is_leaf else (children, tree.unflatten)
+    if not (len(children) == 1 and children[0] is x):
+        return children, tree.unflatten
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is not None and isinstance(x, nnx.Module):  # With `pytree=False`.
+        graph, state = nnx.split(x)
+        return [state], lambda parts: nnx.merge(graph, *parts)
+    return None
 
 
 def _copied(x: Any, leaf: Callable[[Any], Any], copies: dict[int, tuple[Any, Any]]) -> Any:

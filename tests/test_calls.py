@@ -186,6 +186,20 @@ def test_a_module_that_two_arguments_share_is_one():
     assert contractions(function, net, Training(net), X) == {"fprop": 1}
 
 
+def test_a_module_that_is_no_tree():
+    class Opaque(Net, pytree=False):
+        pass
+
+    net = Opaque(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(net, optax.adam(1e-3), wrt=nnx.Param)
+    before = values(nnx.state(net))
+    for function in (step, nnx.jit(step)):
+        assert contractions(function, net, optimizer, None, X) == STEP
+    assert contractions(net, X) == {"fprop": 1}
+    for a, b in zip(before, values(nnx.state(net)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_split_modules_and_random_numbers():
     net, *_ = nnx_objects()
     graph, state = nnx.split(net)
