@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grouped_conv_jax.operations import arguments
 from grouped_conv_jax.operations.conv import grouped_conv
 
 
@@ -38,6 +39,7 @@ def parsed(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
 
 def _with_gradients(lhs: Any, rhs: Any, *args: Any, **kwargs: Any) -> Any:
     """Computes a convolution and its gradients; integers have none."""
+    arguments.array_type("lhs", lhs), arguments.array_type("rhs", rhs)
 
     def conv(lhs: Any, rhs: Any) -> jax.Array:
         return grouped_conv(lhs, rhs, *args, **kwargs)
