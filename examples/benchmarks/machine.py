@@ -5,7 +5,6 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import grouped_conv_jax
 from benchmarks import pytorch
 from benchmarks.measure import interleaved
+from grouped_conv_jax import processor
 
 SIZES = {"cpu": (2048, 2**27), "accelerator": (8192, 2**28)}
 """Rows of the matrices that are multiplied, and elements of the array that is written."""
@@ -25,7 +25,7 @@ def environment() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "platform": jax.default_backend(),
         "device_kind": jax.devices()[0].device_kind,
-        "cpu": _cpu_name(),
+        "cpu": processor.name(),
         "cores": cores(),
         "xla_flags": os.environ.get("XLA_FLAGS"),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
@@ -42,14 +42,6 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _cpu_name() -> str:
-    """As Linux has it; elsewhere and on ARM the architecture."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 class Roofline(NamedTuple):

@@ -46,9 +46,10 @@ def prepared(
     `promote` brings inputs, kernel and bias (or None) to one dtype.
 
     Raises:
-      ValueError, TypeError: the mask has not the kernel's shape, or the inputs have too few
-        dimensions.
+      ValueError, TypeError: the mask has not the kernel's shape, the inputs have too few
+        dimensions, or an initializer has not made an array.
     """
+    arguments.array_type("kernel", kernel)
     if mask is not None:
         check_mask(mask, kernel.shape)
         kernel = kernel * mask.astype(kernel.dtype)
