@@ -437,6 +437,7 @@ def test_features_of_the_outputs():
 
 
 def test_an_initializer_that_makes_no_array_is_refused():
-    layer = grouped_conv_jax.linen.GroupedConv(6, (3, 3), kernel_init=lambda *_: None)  # pyright: ignore
+    nothing: Any = lambda *_: None  # noqa: E731
+    layer = grouped_conv_jax.linen.SeparableConv(6, (3, 3), depthwise_init=nothing)
     with pytest.raises(TypeError, match="kernel must be an array, got NoneType"):
         layer.init(jax.random.key(0), jnp.ones((1, 4, 4, 4)))
