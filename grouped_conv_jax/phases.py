@@ -125,19 +125,25 @@ def each_read(phases: Sequence[Phase]) -> Iterator[tuple[Read, ...]]:
     return itertools.product(*(phase.reads for phase in phases))
 
 
-def padded(x: jax.Array, dimensions: Sequence[Dimension]) -> tuple[jax.Array, list[int]]:
-    """Zeros wherever something is read, and how many are before the first element; `x` is
-    (batch, *spatial, features).
-    """
-    config, before = [], []
+def padding(dimensions: Sequence[Dimension]) -> list[tuple[int, int]]:
+    """How many zeros are read before the first element and after the last one, by dimension."""
+    pads = []
     for dimension in dimensions:
         reads = [r.positions() for p in dimension.phases() for r in p.reads]
         low = max((-r[0] for r in reads), default=0)
         high = max((r[-1] + 1 - dimension.operand for r in reads), default=0)
-        before.append(max(low, 0))
-        config.append((max(low, 0), max(high, 0), 0))
+        pads.append((max(low, 0), max(high, 0)))
+    return pads
+
+
+def padded(x: jax.Array, dimensions: Sequence[Dimension]) -> tuple[jax.Array, list[int]]:
+    """Zeros wherever something is read, and how many are before the first element; `x` is
+    (batch, *spatial, features).
+    """
+    pads = padding(dimensions)
+    config = [(low, high, 0) for low, high in pads]
     zero = jnp.zeros((), x.dtype)
-    return jax.lax.pad(x, zero, [(0, 0, 0), *config, (0, 0, 0)]), before
+    return jax.lax.pad(x, zero, [(0, 0, 0), *config, (0, 0, 0)]), [low for low, _ in pads]
 
 
 def interleave(parts: Sequence[jax.Array], dimensions: Sequence[Dimension]) -> jax.Array:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 from jax.sharding import Mesh
 
-from grouped_conv_jax import xla_partition
+from grouped_conv_jax import memory, xla_partition
 from grouped_conv_jax.algorithms import TABLE, dense, unsupported
 from grouped_conv_jax.devices import DeviceKind
 from grouped_conv_jax.spec import Contraction, ConvSpec
@@ -61,7 +61,30 @@ def choose(contraction: Contraction, spec: ConvSpec, platform: str, is_export: b
     if spec.is_symbolic or spec.is_empty:
         return "xla"
     able = [n for n in TABLE if unsupported(n, contraction, spec, platform, is_export) is None]
-    return min(able, key=lambda name: expected_seconds(name, contraction, spec, platform))
+    seconds = {name: expected_seconds(name, contraction, spec, platform) for name in able}
+    unasked = [name for name in able if math.isfinite(seconds[name])]
+    return min(_within_memory(unasked, contraction, spec), key=seconds.__getitem__)
+
+
+def _within_memory(names: list[str], contraction: Contraction, spec: ConvSpec) -> list[str]:
+    """Leaves out implementations that would store more than lax does, or than three times their
+    arrays (see `memory`). If all would, lax's own convolution remains.
+    """
+    within = [
+        name
+        for name in names
+        if (stored := temporary_bytes(name, contraction, spec)) <= memory.limit(contraction, spec)
+        or (name == "xla" and stored <= memory.most_bytes(contraction, spec))
+    ]
+    return within or ["xla"]
+
+
+def temporary_bytes(name: str, contraction: Contraction, spec: ConvSpec) -> int:
+    """Returns the estimated size of the arrays that XLA stores on a CPU beside the operands and the
+    result; 0 for implementations that say nothing of it.
+    """
+    module = TABLE[name]
+    return module.temporary_bytes(contraction, spec) if hasattr(module, "temporary_bytes") else 0
 
 
 def _preferred(contraction: Contraction, spec: ConvSpec, platform: str) -> str:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from grouped_conv_jax import costs
+from grouped_conv_jax import costs, memory
 from grouped_conv_jax.algorithms import xla
 from grouped_conv_jax.spec import Contraction, ConvSpec
 
@@ -48,7 +48,42 @@ def seconds(contraction: Contraction, spec: ConvSpec) -> float:
     return costs.CALL * spec.feature_group_count + work
 
 
+def temporary_bytes(contraction: Contraction, spec: ConvSpec) -> int:
+    return memory.in_parts(_stored, contraction, spec)
+
+
+def _stored(contraction: Contraction, spec: ConvSpec) -> int:
+    """Returns the temporary bytes of the whole batch, an upper bound from compiled programs.
+
+    Groups that are written out are all copied before the first of them is convolved, and their
+    results are put beside each other. A loop stores the groups of one step.
+    """
+    itemsize = spec.accumulator.itemsize
+    groups, few = spec.feature_group_count, _in_a_step(spec, contraction)
+    lhs, rhs, out = (memory.array_bytes(spec, role, itemsize) for role in ("lhs", "rhs", "out"))
+    bits = memory.bits_bytes(spec)
+    if contraction == "wgrad":
+        transposed = 0 if memory.is_channels_last(spec) else costs.all_bytes(contraction, spec)
+        copied = (memory.padded_bytes("fprop", spec) + lhs + out) * few // groups
+        return transposed + copied + 2 * rhs + bits
+    if few < groups:
+        return (lhs + out) * few // groups + rhs + bits
+    return max(lhs, out) + min(lhs, out) // (1 if bits else groups) + rhs + bits
+
+
 def fprop(lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
+    return memory.by_batches(_fprop, _stored, "fprop", lhs, rhs, spec)
+
+
+def dgrad(out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
+    return memory.by_batches(_dgrad, _stored, "dgrad", out, rhs, spec)
+
+
+def wgrad(lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
+    return memory.by_batches(_wgrad, _stored, "wgrad", lhs, out, spec)
+
+
+def _fprop(lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
     x, w = spec.to_channels_last("lhs", lhs), spec.to_channels_last("rhs", rhs)
     convolve = functools.partial(
         _convolve,
@@ -58,11 +93,11 @@ def fprop(lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
         dilation=spec.rhs_dilation,
         spec=spec,
     )
-    out = _each_group(convolve, x, w, (-1, -1), spec)
+    out = _each_group(convolve, x, w, "fprop", spec)
     return spec.from_channels_last("out", out.astype(spec.role_dtype("out")))
 
 
-def dgrad(out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
+def _dgrad(out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
     y, w = spec.to_channels_last("out", out), spec.to_channels_last("rhs", rhs)
     (inputs, outputs), groups = spec.group_width, spec.feature_group_count
     w = jnp.swapaxes(w.reshape(*w.shape[:-1], groups, outputs), -1, -3)
@@ -75,23 +110,25 @@ def dgrad(out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
         dilation=spec.rhs_dilation,
         spec=spec,
     )
-    lhs = _each_group(convolve, y, w, (-1, -1), spec)
+    lhs = _each_group(convolve, y, w, "dgrad", spec)
     return spec.from_channels_last("lhs", lhs.astype(spec.role_dtype("lhs")))
 
 
-def wgrad(lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
+def _wgrad(lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
     x, y = spec.to_channels_last("lhs", lhs), spec.to_channels_last("out", out)
     rank = len(spec.window_strides)
-    if rank > 1 and min(spec.group_width) >= WIDE and set(spec.lhs_dilation) == {1}:
-        x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *_row_padding(spec), *[(0, 0, 0)] * 2])
-        x = jnp.moveaxis(x, (-1, -2), (0, 1))  # (G C, columns, N, *rows)
-        y = jnp.moveaxis(y, -2, 0)  # (columns, N, *rows, G O)
-        convolve = functools.partial(_row_by_row, spec=spec)
-    else:
-        x = jnp.moveaxis(x, (-1, 0), (0, -1))  # (G C, *spatial, N)
-        y = jnp.moveaxis(y, 0, -2)  # (*spatial, N, G O)
-        convolve = functools.partial(
-            _convolve,
+    by_row = rank > 1 and min(spec.group_width) >= WIDE and set(spec.lhs_dilation) == {1}
+
+    def convolve(x: jax.Array, y: jax.Array) -> jax.Array:
+        # Of one group: a copy of all groups in another order would need as much as the arrays.
+        if by_row:
+            pads = [(0, 0, 0), *_row_padding(spec), *[(0, 0, 0)] * 2]
+            x = jnp.moveaxis(lax.pad(x, jnp.zeros((), x.dtype), pads), (-1, -2), (0, 1))
+            # (C, columns, N, *rows) and (columns, N, *rows, O)
+            return _row_by_row(x, jnp.moveaxis(y, -2, 0), spec)
+        return _convolve(
+            jnp.moveaxis(x, (-1, 0), (0, -1)),  # (C, *spatial, N)
+            jnp.moveaxis(y, 0, -2),  # (*spatial, N, O)
             strides=spec.rhs_dilation,
             padding=spec.wgrad_padding,
             gaps=spec.lhs_dilation,
@@ -99,33 +136,25 @@ def wgrad(lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
             spec=spec,
         )
 
-    rhs = jnp.moveaxis(_each_group(convolve, x, y, (0, -1), spec), 0, -2)
-    return spec.from_channels_last("rhs", rhs.astype(spec.role_dtype("rhs")))
+    rhs = jnp.moveaxis(_each_group(convolve, x, y, "wgrad", spec), 0, -2)
+    return spec.from_channels_last("rhs", rhs)
 
 
 def _each_group(
     convolve: Callable,
     first: jax.Array,
     second: jax.Array,
-    dimensions: tuple[int, int],
+    contraction: Contraction,
     spec: ConvSpec,
 ) -> jax.Array:
-    """The groups of two operands, which are in the dimensions, convolved; those of the result are
-    in the last one.
-    """
+    """Convolves each group of two operands; the last dimension of all arrays has the groups."""
     groups = spec.feature_group_count
-    few = groups
-    if groups > UNROLLED:
-        few = next(n for n in range(IN_A_STEP, 0, -1) if groups % n == 0)
+    few = _in_a_step(spec, contraction)
     steps = groups // few
 
     def step(i: jax.Array | int) -> jax.Array:
-        operands = zip((first, second), dimensions, strict=True)
-        cut = [_part(x, d, i, steps) for x, d in operands] if steps > 1 else [first, second]
-        parts = [
-            convolve(*(_part(x, d, j, few) for x, d in zip(cut, dimensions, strict=True)))
-            for j in range(few)
-        ]
+        cut = [_part(x, i, steps) for x in (first, second)]
+        parts = [convolve(*(_part(x, j, few) for x in cut)) for j in range(few)]
         return jnp.concatenate(parts, -1)
 
     if steps == 1:
@@ -139,11 +168,26 @@ def _each_group(
     return lax.fori_loop(0, steps, put, result)
 
 
-def _part(x: jax.Array, dimension: int, i: jax.Array | int, parts: int) -> jax.Array:
+def _in_a_step(spec: ConvSpec, contraction: Contraction) -> int:
+    """Returns how many groups are written out: all if they are few, else those of one step of the
+    loop.
+
+    The operands of the kernel's gradient are large in the order in which they are convolved: one
+    of few groups has them at a time.
+    """
+    groups = spec.feature_group_count
+    if contraction == "wgrad" and (groups <= UNROLLED or spec.dtype != spec.accumulator):
+        return 1
+    if groups <= UNROLLED:
+        return groups
+    return next(n for n in range(IN_A_STEP, 0, -1) if groups % n == 0)
+
+
+def _part(x: jax.Array, i: jax.Array | int, parts: int) -> jax.Array:
     if parts == 1:
         return x
-    size = x.shape[dimension] // parts
-    return lax.dynamic_slice_in_dim(x, i * size, size, dimension)
+    size = x.shape[-1] // parts
+    return memory.dynamic_slice(x, i * size, size, x.ndim - 1)
 
 
 def _row_by_row(x: jax.Array, y: jax.Array, spec: ConvSpec) -> jax.Array:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from grouped_conv_jax import costs
+from grouped_conv_jax import costs, memory
 from grouped_conv_jax.phases import (
     Dimension,
     dimensions,
@@ -49,6 +49,14 @@ def seconds(contraction: Contraction, spec: ConvSpec) -> float:
     rate = min(60e9, 0.3e9 * min(spec.group_width))
     taps = math.prod(spec.spatial_shape("rhs"))
     return costs.CALL * taps + costs.flops(spec) / rate
+
+
+def temporary_bytes(contraction: Contraction, spec: ConvSpec) -> int:
+    """Returns the bytes of a padded operand, of a sum and a product for each tap, and copies."""
+    itemsize = spec.accumulator.itemsize
+    lhs, rhs, out = (memory.array_bytes(spec, role, itemsize) for role in ("lhs", "rhs", "out"))
+    padded = memory.padded_bytes("dgrad" if contraction == "dgrad" else "fprop", spec)
+    return padded + 2 * (lhs + rhs + out)
 
 
 def fprop(lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:

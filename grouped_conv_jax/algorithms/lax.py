@@ -28,6 +28,9 @@ def seconds(contraction: Contraction, spec: ConvSpec) -> float:
     return times * xla.seconds(contraction, spec)
 
 
+temporary_bytes = xla.temporary_bytes
+
+
 def wgrad(lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
     """[(G C), N] · [(G O), N] -> [C, (G O)], by batch groups: block g of the first dimension meets
     block g of the outputs.

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from grouped_conv_jax import costs
+from grouped_conv_jax import costs, memory
 from grouped_conv_jax.phases import (
     Dimension,
     Read,
@@ -66,7 +66,40 @@ def seconds(contraction: Contraction, spec: ConvSpec) -> float:
     return costs.CALL * calls + moved + costs.flops(spec) / rate
 
 
+def temporary_bytes(contraction: Contraction, spec: ConvSpec) -> int:
+    return memory.in_parts(_stored, contraction, spec)
+
+
+def _stored(contraction: Contraction, spec: ConvSpec) -> int:
+    """Returns the temporary bytes of the whole batch: the patches of all groups and rows of the
+    kernel, which XLA may compute before any product, the converted operands and the result.
+    """
+    itemsize = spec.accumulator.itemsize
+    lhs, rhs, out = (memory.array_bytes(spec, role, itemsize) for role in ("lhs", "rhs", "out"))
+    transposed = 0 if memory.is_channels_last(spec) else costs.all_bytes(contraction, spec)
+    taps = math.prod(spec.spatial_shape("rhs"))
+    inputs, outputs = spec.group_width
+    patches = 0
+    if taps > 1:
+        # Each phase of the input's gradient sees its own taps only.
+        patches = taps * (out * inputs // outputs if contraction != "dgrad" else out)
+        patches += memory.padded_bytes("dgrad" if contraction == "dgrad" else "fprop", spec)
+    return transposed + patches + lhs + out + 2 * rhs
+
+
 def fprop(lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
+    return memory.by_batches(_fprop, _stored, "fprop", lhs, rhs, spec)
+
+
+def dgrad(out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
+    return memory.by_batches(_dgrad, _stored, "dgrad", out, rhs, spec)
+
+
+def wgrad(lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
+    return memory.by_batches(_wgrad, _stored, "wgrad", lhs, out, spec)
+
+
+def _fprop(lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
     x, w = spec.to_channels_last("lhs", lhs), spec.to_channels_last("rhs", rhs)
     groups = zip(_split(x, spec), _split(w, spec), strict=True)
     where = dimensions("fprop", spec)
@@ -74,7 +107,7 @@ def fprop(lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
     return spec.from_channels_last("out", out)
 
 
-def dgrad(out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
+def _dgrad(out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
     y, w = spec.to_channels_last("out", out), spec.to_channels_last("rhs", rhs)
     groups = zip(_split(y, spec), _split(w, spec), strict=True)
     where = dimensions("dgrad", spec)
@@ -84,7 +117,7 @@ def dgrad(out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
     return spec.from_channels_last("lhs", lhs)
 
 
-def wgrad(lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
+def _wgrad(lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
     x, y = spec.to_channels_last("lhs", lhs), spec.to_channels_last("out", out)
     groups = zip(_split(x, spec), _split(y, spec), strict=True)
     where = dimensions("fprop", spec)
@@ -136,7 +169,7 @@ def _kernel(x: jax.Array, y: jax.Array, where: Sequence[Dimension], spec: ConvSp
                 for read, tap in zip(reads, product.reshape(-1, inputs, outputs), strict=True):
                     taps[(*(r.tap for r in row), read.tap)] = tap
     rhs = jnp.stack([taps.get(tap, zeros) for tap in np.ndindex(*kernel)])
-    return rhs.reshape(*kernel, inputs, outputs).astype(spec.role_dtype("rhs"))
+    return rhs.reshape(*kernel, inputs, outputs)
 
 
 def _patches(

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from grouped_conv_jax import costs
+from grouped_conv_jax import costs, memory
 from grouped_conv_jax.phases import (
     Dimension,
     Read,
@@ -46,8 +46,11 @@ MAX_PHASES = 64
 MAX_PAIRS = 64
 """Pairs of an input and an output: as many sums the kernel's gradient stores for each group."""
 
-LOOKED_UP = 16
+LOOKED_UP = 27
 """Taps of a depthwise kernel that are read by index; beyond, padding is quicker to compile."""
+
+FUSED_REPEATED = 16
+"""Taps for which XLA:CPU does not store the repeated input of several outputs."""
 
 SUMMANDS = 8
 """How many products the kernel's gradient adds up before it stores a sum."""
@@ -94,7 +97,55 @@ def seconds(contraction: Contraction, spec: ConvSpec) -> float:
     return costs.CALL + 2 * moved + costs.flops(spec) / rate
 
 
+def temporary_bytes(contraction: Contraction, spec: ConvSpec) -> int:
+    return memory.in_parts(_stored, contraction, spec)
+
+
+def _stored(contraction: Contraction, spec: ConvSpec) -> int:
+    """Returns the temporary bytes of the whole batch.
+
+    The sums of a depthwise convolution with several outputs are stored before the outputs of an
+    input are added up. Converted and padded operands are stored, except where a depthwise
+    convolution looks up single elements. The kernel's gradient stores sums of several products.
+    """
+    itemsize = spec.accumulator.itemsize
+    lhs, out = (memory.array_bytes(spec, role, itemsize) for role in ("lhs", "out"))
+    inputs, outputs = spec.group_width
+    stored = 0 if memory.is_channels_last(spec) else costs.all_bytes(contraction, spec)
+    if spec.dtype.itemsize == 1 and spec.accumulator.kind == "f":
+        stored += (lhs + out) // 2  # XLA:CPU converts 8 bits to 16 first.
+    taps, phases = math.prod(spec.spatial_shape("rhs")), phase_count(contraction, spec)
+    repeated = lhs * outputs if inputs == 1 and outputs > 1 else 0
+    if contraction == "wgrad":
+        is_converted = spec.dtype != spec.accumulator
+        operands = (repeated or lhs) + out if is_converted else repeated
+        return stored + operands + inputs * out // 4
+    result = out if contraction == "fprop" else lhs
+    if inputs > 1:
+        return stored + memory.padded_bytes(contraction, spec) + (result if phases > 1 else 0)
+    if taps > LOOKED_UP:
+        times = outputs if contraction == "fprop" else 1
+        stored += times * memory.padded_bytes(contraction, spec)
+    elif contraction == "fprop" and taps > FUSED_REPEATED:
+        stored += repeated
+    if contraction == "dgrad":
+        stored += repeated
+    return stored + (result if phases > 1 else 0)
+
+
 def fprop(lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
+    return memory.by_batches(_fprop, _stored, "fprop", lhs, rhs, spec)
+
+
+def dgrad(out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
+    return memory.by_batches(_dgrad, _stored, "dgrad", out, rhs, spec)
+
+
+def wgrad(lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
+    return memory.by_batches(_wgrad, _stored, "wgrad", lhs, out, spec)
+
+
+def _fprop(lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
     x, w = spec.to_channels_last("lhs", lhs), spec.to_channels_last("rhs", rhs)
     inputs, outputs = spec.group_width
     where = dimensions("fprop", spec)
@@ -106,13 +157,15 @@ def fprop(lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
     return spec.from_channels_last("out", out.astype(spec.role_dtype("out")))
 
 
-def dgrad(out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
+def _dgrad(out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
     y, w = spec.to_channels_last("out", out), spec.to_channels_last("rhs", rhs)
     inputs, outputs = spec.group_width
     where = dimensions("dgrad", spec)
     if inputs == 1:
         lhs = _depthwise(y, w[..., 0, :], where, spec.accumulator)
         if outputs > 1:
+            # Behind a barrier: XLA:CPU would store what each tap reads, if it fused this sum.
+            lhs = lax.optimization_barrier(lhs)
             lhs = lhs.reshape(*lhs.shape[:-1], spec.feature_group_count, outputs).sum(-1)
     else:
         w = w.reshape(*w.shape[:-1], spec.feature_group_count, outputs)
@@ -120,7 +173,7 @@ def dgrad(out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
     return spec.from_channels_last("lhs", lhs.astype(spec.role_dtype("lhs")))
 
 
-def wgrad(lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
+def _wgrad(lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
     x, y = spec.to_channels_last("lhs", lhs), spec.to_channels_last("out", out)
     (inputs, outputs), groups = spec.group_width, spec.feature_group_count
     x = _repeated(x, outputs) if inputs == 1 else x
@@ -146,7 +199,7 @@ def wgrad(lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
             rhs = rhs.at[tuple(taps)].set(sums.reshape(*counts, -1))
     rhs = jnp.swapaxes(rhs.reshape(*kernel, groups, inputs, outputs), -2, -3)
     rhs = rhs.reshape(*kernel, inputs, groups * outputs)
-    return spec.from_channels_last("rhs", rhs.astype(spec.role_dtype("rhs")))
+    return spec.from_channels_last("rhs", rhs)
 
 
 def _correlate(

@@ -18,6 +18,9 @@ def seconds(contraction: Contraction, spec: ConvSpec) -> float:
     return xla.seconds(contraction, spec)
 
 
+temporary_bytes = xla.temporary_bytes
+
+
 def fprop(lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
     return _each_group(xla.fprop, ("lhs", lhs), ("rhs", rhs), "out", spec)
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.lax import conv_general_dilated  # By name, so that a program may replace it in jax.lax.
 
-from grouped_conv_jax import costs
+from grouped_conv_jax import costs, memory
 from grouped_conv_jax.spec import RESULT, Contraction, ConvSpec
 
 
@@ -34,6 +34,16 @@ def seconds(contraction: Contraction, spec: ConvSpec) -> float:
     if spec.accumulator.itemsize > 4:
         rate /= 3
     return 2 * costs.CALL + costs.flops(spec) / rate
+
+
+def temporary_bytes(contraction: Contraction, spec: ConvSpec) -> int:
+    """Returns the bytes of all arrays in the dtype of sums, where XLA:CPU converts or copies them:
+    for the kernel's gradient, floats of less than 32 bits and complex numbers.
+    """
+    if contraction != "wgrad" and memory.lax_bytes(contraction, spec) == 0:
+        return 0
+    itemsize = spec.accumulator.itemsize
+    return sum(memory.array_bytes(spec, role, itemsize) for role in ("lhs", "rhs", "out"))
 
 
 def fprop(lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:

@@ -1,0 +1,250 @@
+"""Bounds the temporary memory of one contraction: the arrays beside its operands and its result.
+
+Two bounds hold for what is chosen automatically on a CPU. A contraction stores no more than lax
+does for the same call, and no more than three times its arrays. Where an algorithm would store
+more, it computes a part of the batch at a time (`by_batches`), and stores only that part's
+temporary arrays.
+
+    8 examples, float16, depthwise with 4 outputs, kernel gradient: 4.0 MB of arrays
+    whole batch:          10.4 MB of temporary arrays, lax 8.0 MB
+    2 examples at a time:  2.6 MB
+
+Each algorithm estimates its temporary arrays by a function `temporary_bytes`. XLA allocates
+them, and a test compares the estimates with `memory_analysis` of the compiled programs.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from grouped_conv_jax import costs
+from grouped_conv_jax.phases import dimensions, padding
+from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec, Role
+
+MOST_ARRAYS = 3
+"""Temporary arrays may be this many times as large as the operands and the result together."""
+
+ALWAYS_ALLOWED = 64 << 10
+"""Bytes that count as nothing: constants, alignment and transposed kernels of small calls."""
+
+CACHED = 1 << 20
+"""Bytes that stay in a core's cache; a part of the batch smaller than this is not worth a loop."""
+
+Estimate = Callable[[Contraction, ConvSpec], int]
+"""Returns the temporary bytes of a whole contraction, or an upper bound."""
+
+Compute = Callable[[jax.Array, jax.Array, ConvSpec], jax.Array]
+"""Computes one contraction; the kernel's gradient as sums that are not yet rounded."""
+
+
+def array_bytes(spec: ConvSpec, role: Role, itemsize: int | None = None) -> int:
+    """Returns the size of one array, in its own dtype or in elements of `itemsize` bytes."""
+    return math.prod(spec.shape(role)) * (itemsize or spec.role_dtype(role).itemsize)
+
+
+def is_channels_last(spec: ConvSpec) -> bool:
+    """Returns whether no large array has to be transposed to have its features last."""
+    layouts = (spec.layout(role) for role in ("lhs", "out"))
+    return all(layout == (0, len(layout) - 1, *range(1, len(layout) - 1)) for layout in layouts)
+
+
+def padded_bytes(contraction: Contraction, spec: ConvSpec) -> int:
+    """Returns the size of a correlation's operand with its padding, in the dtype of sums."""
+    role = OPERANDS[contraction][0]
+    taken = dimensions(contraction, spec)
+    shape = spec.shape(role)
+    size = math.prod(shape[d] for d in spec.layout(role)[:2]) * spec.accumulator.itemsize
+    for d, (low, high) in zip(taken, padding(taken), strict=True):
+        size *= d.operand + low + high
+    return size
+
+
+def allowance(contraction: Contraction, spec: ConvSpec) -> int:
+    """Returns the bytes that a contraction may store even where lax stores none: a copy of the
+    kernel, and an eighth of the arrays.
+
+    Small calls may store half of their arrays up to 1 MiB, or 64 KiB.
+    """
+    arrays = costs.all_bytes(contraction, spec)
+    kernel = array_bytes(spec, "rhs", spec.accumulator.itemsize)
+    return kernel + max(ALWAYS_ALLOWED, min(CACHED, arrays // 2), arrays // 8)
+
+
+def lax_bytes(contraction: Contraction, spec: ConvSpec) -> int:
+    """Returns the bytes that lax's own contraction stores on a CPU, or a lower bound.
+
+    XLA:CPU copies all arrays for the kernel's gradient. It converts floats of less than 32 bits to
+    32 bits, and it copies complex numbers; at least one of the input and the output is copied.
+    """
+    itemsize = spec.accumulator.itemsize
+    if contraction == "wgrad":
+        return sum(array_bytes(spec, role, itemsize) for role in ("lhs", "out"))
+    if jnp.issubdtype(spec.accumulator, jnp.integer):
+        return 0
+    is_complex = jnp.issubdtype(spec.accumulator, jnp.complexfloating)
+    copied = [
+        array_bytes(spec, role, itemsize)
+        for role in ("lhs", "out")
+        if is_complex or spec.role_dtype(role).itemsize < itemsize
+    ]
+    kernel = array_bytes(spec, "rhs", itemsize)
+    return max(copied) + kernel if copied else 0
+
+
+def most_bytes(contraction: Contraction, spec: ConvSpec) -> int:
+    """Returns three times the bytes of the arrays, or the allowance."""
+    most = MOST_ARRAYS * costs.all_bytes(contraction, spec)
+    return max(allowance(contraction, spec), most)
+
+
+def limit(contraction: Contraction, spec: ConvSpec) -> int:
+    """Returns the bytes that a contraction should store at most: see the module's docstring."""
+    allowed = max(allowance(contraction, spec), lax_bytes(contraction, spec))
+    return min(allowed, most_bytes(contraction, spec))
+
+
+def batch_size(spec: ConvSpec) -> int:
+    return spec.shape("lhs")[spec.layout("lhs")[0]]
+
+
+def with_batch(spec: ConvSpec, size: int) -> ConvSpec:
+    """Returns the spec of the same convolution of `size` examples."""
+    shape = list(spec.lhs_shape)
+    shape[spec.layout("lhs")[0]] = size
+    return dataclasses.replace(spec, lhs_shape=tuple(shape))
+
+
+def examples_at_once(estimate: Estimate, contraction: Contraction, spec: ConvSpec) -> int:
+    """Returns how many examples are computed together: as many as the limit allows."""
+    batch, most = batch_size(spec), limit(contraction, spec)
+    for parts in range(1, batch + 1):
+        size = -(-batch // parts)
+        if _in_parts(estimate, contraction, spec, size) <= most:
+            return size
+    return 1
+
+
+def in_parts(estimate: Estimate, contraction: Contraction, spec: ConvSpec) -> int:
+    """Returns the temporary bytes of a contraction that is computed by `by_batches`."""
+    size = examples_at_once(estimate, contraction, spec)
+    return _in_parts(estimate, contraction, spec, size)
+
+
+def _in_parts(estimate: Estimate, contraction: Contraction, spec: ConvSpec, size: int) -> int:
+    if size == batch_size(spec):
+        return estimate(contraction, spec)
+    stored = estimate(contraction, with_batch(spec, size)) + bits_bytes(spec)
+    sums = 2 * array_bytes(spec, "rhs", spec.accumulator.itemsize)
+    return stored + (sums if contraction == "wgrad" else 0)
+
+
+def bits_bytes(spec: ConvSpec) -> int:
+    """Returns the size of the copies as integers that a loop slices: see `_as_bits`."""
+    roles: tuple[Role, ...] = ("lhs", "out")
+    sliced = (role for role in roles if _is_sliced_as_bits(spec.role_dtype(role)))
+    return sum(array_bytes(spec, role) for role in sliced)
+
+
+def by_batches(
+    compute: Compute,
+    estimate: Estimate,
+    contraction: Contraction,
+    first: jax.Array,
+    second: jax.Array,
+    spec: ConvSpec,
+) -> jax.Array:
+    """Computes a contraction, on a CPU as many examples at a time as the limit allows.
+
+    Args:
+      compute: computes the contraction of the batch that the spec says.
+      estimate: the temporary bytes of `compute`.
+      contraction: what is computed.
+      first: the first operand, in the layout of the spec.
+      second: the second operand.
+      spec: the convolution of the whole batch.
+    """
+    whole = _rounded(compute, contraction, spec)
+    size = examples_at_once(estimate, contraction, spec)
+    if size >= batch_size(spec):
+        return whole(first, second)
+
+    def parts(first: jax.Array, second: jax.Array) -> jax.Array:
+        return _each_part(compute, contraction, first, second, spec, size)
+
+    # The bounds are those of a CPU. Other platforms compute the whole batch at once.
+    return lax.platform_dependent(first, second, cpu=parts, default=whole)
+
+
+def _rounded(
+    compute: Compute, contraction: Contraction, spec: ConvSpec
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    dtype = spec.role_dtype(RESULT[contraction])
+    return lambda first, second: compute(first, second, spec).astype(dtype)
+
+
+def _each_part(
+    compute: Compute,
+    contraction: Contraction,
+    first: jax.Array,
+    second: jax.Array,
+    spec: ConvSpec,
+    size: int,
+) -> jax.Array:
+    """A loop over parts of `size` examples, and a smaller part after it if any are left.
+
+    Each part's results are written to their place; kernel gradients are added up.
+    """
+    role = RESULT[contraction]
+    is_sum = contraction == "wgrad"
+    steps, left = divmod(batch_size(spec), size)
+    dtype = spec.accumulator if is_sum else spec.role_dtype(role)
+
+    def cut(of: Role, x: jax.Array, start: jax.Array | int, examples: int) -> jax.Array:
+        if of == "rhs":
+            return x
+        return dynamic_slice(x, start, examples, spec.layout(of)[0])
+
+    def put(result: jax.Array, start: jax.Array | int, examples: int) -> jax.Array:
+        operands = zip(OPERANDS[contraction], (first, second), strict=True)
+        given = (cut(of, x, start, examples) for of, x in operands)
+        part = compute(*given, with_batch(spec, examples)).astype(dtype)
+        if is_sum:
+            return result + part
+        batch = spec.layout(role)[0]
+        return lax.dynamic_update_slice_in_dim(result, _as_bits(part), start, batch)
+
+    result = jnp.zeros(spec.shape(role), dtype)
+    result = result if is_sum else _as_bits(result)
+    result = lax.fori_loop(0, steps, lambda i, result: put(result, i * size, size), result)
+    if left:
+        result = put(result, steps * size, left)
+    return result.astype(spec.role_dtype(role)) if is_sum else _as_floats(result, dtype)
+
+
+def dynamic_slice(x: jax.Array, start: jax.Array | int, size: int, dimension: int) -> jax.Array:
+    """`lax.dynamic_slice_in_dim` that copies no more than the slice: see `_as_bits`."""
+    return _as_floats(lax.dynamic_slice_in_dim(_as_bits(x), start, size, dimension), x.dtype)
+
+
+def _as_bits(x: jax.Array) -> jax.Array:
+    """Returns floats that XLA:CPU does not slice as integers. It would convert the whole array
+    before the loop, and slice the larger copy.
+    """
+    if not _is_sliced_as_bits(x.dtype):
+        return x
+    return lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+
+
+def _is_sliced_as_bits(dtype: np.dtype) -> bool:
+    """Returns whether this is a float of less than 32 bits, other than float16."""
+    return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4 and dtype != np.float16
+
+
+def _as_floats(x: jax.Array, dtype: np.dtype) -> jax.Array:
+    """Undoes `_as_bits`."""
+    return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
