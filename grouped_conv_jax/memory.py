@@ -82,8 +82,11 @@ def lax_bytes(contraction: Contraction, spec: ConvSpec) -> int:
     32 bits, and it copies complex numbers; at least one of the input and the output is copied.
     """
     itemsize = spec.accumulator.itemsize
+    kernel = array_bytes(spec, "rhs", itemsize)
     if contraction == "wgrad":
-        return sum(array_bytes(spec, role, itemsize) for role in ("lhs", "out"))
+        has_taps = math.prod(spec.spatial_shape("rhs")) > 1
+        copied = sum(array_bytes(spec, role, itemsize) for role in ("lhs", "out"))
+        return copied + (kernel if has_taps else 0)
     if jnp.issubdtype(spec.accumulator, jnp.integer):
         return 0
     is_complex = jnp.issubdtype(spec.accumulator, jnp.complexfloating)
@@ -92,7 +95,6 @@ def lax_bytes(contraction: Contraction, spec: ConvSpec) -> int:
         for role in ("lhs", "out")
         if is_complex or spec.role_dtype(role).itemsize < itemsize
     ]
-    kernel = array_bytes(spec, "rhs", itemsize)
     return max(copied) + kernel if copied else 0
 
 

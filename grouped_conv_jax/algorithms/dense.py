@@ -65,7 +65,7 @@ def _stored(contraction: Contraction, spec: ConvSpec) -> int:
     if contraction == "wgrad":
         transposed = 0 if memory.is_channels_last(spec) else costs.all_bytes(contraction, spec)
         copied = (memory.padded_bytes("fprop", spec) + lhs + out) * few // groups
-        return transposed + copied + 2 * rhs + bits
+        return transposed + copied + rhs + bits
     if few < groups:
         return (lhs + out) * few // groups + rhs + bits
     return max(lhs, out) + min(lhs, out) // (1 if bits else groups) + rhs + bits

@@ -49,8 +49,8 @@ MAX_PAIRS = 64
 LOOKED_UP = 27
 """Taps of a depthwise kernel that are read by index; beyond, padding is quicker to compile."""
 
-FUSED_REPEATED = 16
-"""Taps for which XLA:CPU does not store the repeated input of several outputs."""
+FUSED = 16
+"""Taps up to which XLA:CPU repeats and converts elements where it looks them up."""
 
 SUMMANDS = 8
 """How many products the kernel's gradient adds up before it stores a sum."""
@@ -102,35 +102,45 @@ def temporary_bytes(contraction: Contraction, spec: ConvSpec) -> int:
 
 
 def _stored(contraction: Contraction, spec: ConvSpec) -> int:
-    """Returns the temporary bytes of the whole batch.
+    """Returns the temporary bytes of the whole batch, an upper bound from compiled programs.
 
-    The sums of a depthwise convolution with several outputs are stored before the outputs of an
-    input are added up. Converted and padded operands are stored, except where a depthwise
-    convolution looks up single elements. The kernel's gradient stores sums of several products.
+    Narrow groups store a padded operand. A depthwise convolution looks up single elements, and
+    stores no operand, but the sums of several outputs before the outputs of an input are added up.
     """
+    if contraction == "wgrad":
+        return _stored_by_wgrad(spec)
     itemsize = spec.accumulator.itemsize
     lhs, out = (memory.array_bytes(spec, role, itemsize) for role in ("lhs", "out"))
     inputs, outputs = spec.group_width
-    stored = 0 if memory.is_channels_last(spec) else costs.all_bytes(contraction, spec)
-    if spec.dtype.itemsize == 1 and spec.accumulator.kind == "f":
-        stored += (lhs + out) // 2  # XLA:CPU converts 8 bits to 16 first.
-    taps, phases = math.prod(spec.spatial_shape("rhs")), phase_count(contraction, spec)
-    repeated = lhs * outputs if inputs == 1 and outputs > 1 else 0
-    if contraction == "wgrad":
-        is_converted = spec.dtype != spec.accumulator
-        operands = (repeated or lhs) + out if is_converted else repeated
-        return stored + operands + inputs * out // 4
-    result = out if contraction == "fprop" else lhs
     if inputs > 1:
-        return stored + memory.padded_bytes(contraction, spec) + (result if phases > 1 else 0)
+        return memory.padded_bytes(contraction, spec)
+    taps, stored = math.prod(spec.spatial_shape("rhs")), 0
+    repeated = lhs * outputs if outputs > 1 else 0
     if taps > LOOKED_UP:
         times = outputs if contraction == "fprop" else 1
-        stored += times * memory.padded_bytes(contraction, spec)
-    elif contraction == "fprop" and taps > FUSED_REPEATED:
-        stored += repeated
-    if contraction == "dgrad":
-        stored += repeated
-    return stored + (result if phases > 1 else 0)
+        stored = times * memory.padded_bytes(contraction, spec)
+    elif taps > FUSED:
+        stored = repeated if contraction == "fprop" else 0
+        if memory.bits_bytes(spec):
+            stored = max(stored, lhs if contraction == "fprop" else out)
+    if contraction == "dgrad" and outputs > 1:
+        stored += repeated + (lhs if spec.dtype != spec.accumulator else 0)
+    return stored
+
+
+def _stored_by_wgrad(spec: ConvSpec) -> int:
+    """XLA converts the output's gradient before the loop over the taps, and the input where it does
+    not slice its dtype. Sums of eight products are stored.
+    """
+    lhs, out = (
+        memory.array_bytes(spec, role, spec.accumulator.itemsize) for role in ("lhs", "out")
+    )
+    inputs, outputs = spec.group_width
+    transposed = 0 if memory.is_channels_last(spec) else costs.all_bytes("wgrad", spec)
+    converted = out if spec.dtype != spec.accumulator else 0
+    if memory.bits_bytes(spec) or (inputs == 1 and outputs > 1):
+        converted += lhs * (outputs if inputs == 1 else 1)
+    return transposed + converted + (3 * inputs * out // 8 if inputs > 1 else out // 5)
 
 
 def fprop(lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
