@@ -78,24 +78,28 @@ def allowance(contraction: Contraction, spec: ConvSpec) -> int:
 def lax_bytes(contraction: Contraction, spec: ConvSpec) -> int:
     """Returns the bytes that lax's own contraction stores on a CPU, or a lower bound.
 
-    XLA:CPU copies all arrays for the kernel's gradient. It converts floats of less than 32 bits to
-    32 bits, and it copies complex numbers; at least one of the input and the output is copied.
+    XLA:CPU copies all arrays for the kernel's gradient, and some for complex numbers. It converts
+    floats of less than 32 bits to 32 bits. The result is converted back into its own buffer, which
+    holds the converted operand before, if it is large enough.
     """
     itemsize = spec.accumulator.itemsize
-    kernel = array_bytes(spec, "rhs", itemsize)
+    operand, result = OPERANDS[contraction][0], RESULT[contraction]
     if contraction == "wgrad":
         has_taps = math.prod(spec.spatial_shape("rhs")) > 1
-        copied = sum(array_bytes(spec, role, itemsize) for role in ("lhs", "out"))
-        return copied + (kernel if has_taps else 0)
+        copied: tuple[Role, ...] = ("lhs", "rhs", "out") if has_taps else ("lhs", "out")
+        return sum(array_bytes(spec, role, itemsize) for role in copied)
     if jnp.issubdtype(spec.accumulator, jnp.integer):
         return 0
-    is_complex = jnp.issubdtype(spec.accumulator, jnp.complexfloating)
-    copied = [
-        array_bytes(spec, role, itemsize)
-        for role in ("lhs", "out")
-        if is_complex or spec.role_dtype(role).itemsize < itemsize
-    ]
-    return max(copied) + kernel if copied else 0
+    converted = {
+        role: array_bytes(spec, role, itemsize)
+        for role in (operand, result)
+        if spec.role_dtype(role) != spec.accumulator
+    }
+    if jnp.issubdtype(spec.accumulator, jnp.complexfloating):
+        return max(array_bytes(spec, role) for role in (operand, result))
+    if result in converted and converted.get(operand, 0) <= array_bytes(spec, result):
+        return converted[result]
+    return sum(converted.values())
 
 
 def most_bytes(contraction: Contraction, spec: ConvSpec) -> int:

@@ -68,15 +68,17 @@ def choose(contraction: Contraction, spec: ConvSpec, platform: str, is_export: b
 
 def _within_memory(names: list[str], contraction: Contraction, spec: ConvSpec) -> list[str]:
     """Leaves out implementations that would store more than lax does, or than three times their
-    arrays (see `memory`). If all would, lax's own convolution remains.
+    arrays (see `memory`).
+
+    If all would need more than three times their arrays, as lax itself can for a batch of one
+    example in 8 bits, those remain that store no more than lax's own convolution.
     """
-    within = [
-        name
-        for name in names
-        if (stored := temporary_bytes(name, contraction, spec)) <= memory.limit(contraction, spec)
-        or (name == "xla" and stored <= memory.most_bytes(contraction, spec))
-    ]
-    return within or ["xla"]
+    stored = {name: temporary_bytes(name, contraction, spec) for name in names}
+    most = memory.limit(contraction, spec)
+    within = [name for name in names if stored[name] <= most]
+    if stored["xla"] <= memory.most_bytes(contraction, spec) and "xla" not in within:
+        within.append("xla")
+    return within or [name for name in names if stored[name] <= stored["xla"]]
 
 
 def temporary_bytes(name: str, contraction: Contraction, spec: ConvSpec) -> int:

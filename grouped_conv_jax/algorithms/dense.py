@@ -63,12 +63,15 @@ def _stored(contraction: Contraction, spec: ConvSpec) -> int:
     lhs, rhs, out = (memory.array_bytes(spec, role, itemsize) for role in ("lhs", "rhs", "out"))
     bits = memory.bits_bytes(spec)
     if contraction == "wgrad":
-        transposed = 0 if memory.is_channels_last(spec) else costs.all_bytes(contraction, spec)
-        copied = (memory.padded_bytes("fprop", spec) + lhs + out) * few // groups
-        return transposed + copied + rhs + bits
+        stored = bits if memory.is_channels_last(spec) else bits + costs.all_bytes("wgrad", spec)
+        padded = memory.padded_bytes("fprop", spec)
+        if spec.dtype.itemsize < 4 and spec.dtype != jnp.bfloat16:
+            # The rows that a row of taps sees are cut out before they are converted.
+            return stored + (padded + lhs // 2 + out) * few // groups + 3 * rhs // 4
+        return stored + (padded + lhs + out) * few // groups + rhs
     if few < groups:
         return (lhs + out) * few // groups + rhs + bits
-    return max(lhs, out) + min(lhs, out) // (1 if bits else groups) + rhs + bits
+    return max(lhs, out) + min(lhs, out) // (1 if bits else groups) + rhs
 
 
 def fprop(lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
@@ -187,6 +190,8 @@ def _part(x: jax.Array, i: jax.Array | int, parts: int) -> jax.Array:
     if parts == 1:
         return x
     size = x.shape[-1] // parts
+    if isinstance(i, int):
+        return lax.slice_in_dim(x, i * size, (i + 1) * size, axis=-1)
     return memory.dynamic_slice(x, i * size, size, x.ndim - 1)
 
 

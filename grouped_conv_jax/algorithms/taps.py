@@ -123,8 +123,10 @@ def _stored(contraction: Contraction, spec: ConvSpec) -> int:
         stored = repeated if contraction == "fprop" else 0
         if memory.bits_bytes(spec):
             stored = max(stored, lhs if contraction == "fprop" else out)
+            stored += taps * repeated if contraction == "dgrad" else 0
     if contraction == "dgrad" and outputs > 1:
         stored += repeated + (lhs if spec.dtype != spec.accumulator else 0)
+        stored += repeated // 4 if phase_count(contraction, spec) > 1 else 0
     return stored
 
 
@@ -140,7 +142,9 @@ def _stored_by_wgrad(spec: ConvSpec) -> int:
     converted = out if spec.dtype != spec.accumulator else 0
     if memory.bits_bytes(spec) or (inputs == 1 and outputs > 1):
         converted += lhs * (outputs if inputs == 1 else 1)
-    return transposed + converted + (3 * inputs * out // 8 if inputs > 1 else out // 5)
+    if memory.bits_bytes(spec) and phase_count("wgrad", spec) > 1:
+        converted += out // 2
+    return transposed + converted + (3 * inputs * out // 8 if inputs > 1 else out // 4)
 
 
 def fprop(lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
