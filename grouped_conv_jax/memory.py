@@ -66,13 +66,13 @@ def padded_bytes(contraction: Contraction, spec: ConvSpec) -> int:
 
 def allowance(contraction: Contraction, spec: ConvSpec) -> int:
     """Returns the bytes that a contraction may store even where lax stores none: a copy of the
-    kernel, and an eighth of the arrays.
+    kernel, and a quarter of the arrays.
 
     Small calls may store half of their arrays up to 1 MiB, or 64 KiB.
     """
     arrays = costs.all_bytes(contraction, spec)
     kernel = array_bytes(spec, "rhs", spec.accumulator.itemsize)
-    return kernel + max(ALWAYS_ALLOWED, min(CACHED, arrays // 2), arrays // 8)
+    return kernel + max(ALWAYS_ALLOWED, min(CACHED, arrays // 2), arrays // 4)
 
 
 def lax_bytes(contraction: Contraction, spec: ConvSpec) -> int:

@@ -65,6 +65,8 @@ def _stored(contraction: Contraction, spec: ConvSpec) -> int:
     if contraction == "wgrad":
         stored = bits if memory.is_channels_last(spec) else bits + costs.all_bytes("wgrad", spec)
         padded = memory.padded_bytes("fprop", spec)
+        if _is_moved_whole(spec):
+            stored += sum(memory.array_bytes(spec, role) for role in ("lhs", "out"))
         if spec.dtype.itemsize < 4 and spec.dtype != jnp.bfloat16:
             # The rows that a row of taps sees are cut out before they are converted.
             return stored + (padded + lhs // 2 + out) * few // groups + 3 * rhs // 4
@@ -96,7 +98,7 @@ def _fprop(lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
         dilation=spec.rhs_dilation,
         spec=spec,
     )
-    out = _each_group(convolve, x, w, "fprop", spec)
+    out = _each_group(convolve, x, w, (-1, -1), "fprop", spec)
     return spec.from_channels_last("out", out.astype(spec.role_dtype("out")))
 
 
@@ -113,7 +115,7 @@ def _dgrad(out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
         dilation=spec.rhs_dilation,
         spec=spec,
     )
-    lhs = _each_group(convolve, y, w, "dgrad", spec)
+    lhs = _each_group(convolve, y, w, (-1, -1), "dgrad", spec)
     return spec.from_channels_last("lhs", lhs.astype(spec.role_dtype("lhs")))
 
 
@@ -121,17 +123,11 @@ def _wgrad(lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
     x, y = spec.to_channels_last("lhs", lhs), spec.to_channels_last("out", out)
     rank = len(spec.window_strides)
     by_row = rank > 1 and min(spec.group_width) >= WIDE and set(spec.lhs_dilation) == {1}
-
-    def convolve(x: jax.Array, y: jax.Array) -> jax.Array:
-        # Of one group: a copy of all groups in another order would need as much as the arrays.
-        if by_row:
-            pads = [(0, 0, 0), *_row_padding(spec), *[(0, 0, 0)] * 2]
-            x = jnp.moveaxis(lax.pad(x, jnp.zeros((), x.dtype), pads), (-1, -2), (0, 1))
-            # (C, columns, N, *rows) and (columns, N, *rows, O)
-            return _row_by_row(x, jnp.moveaxis(y, -2, 0), spec)
-        return _convolve(
-            jnp.moveaxis(x, (-1, 0), (0, -1)),  # (C, *spatial, N)
-            jnp.moveaxis(y, 0, -2),  # (*spatial, N, O)
+    if by_row:
+        convolve = functools.partial(_row_by_row, spec=spec)
+    else:
+        convolve = functools.partial(
+            _convolve,
             strides=spec.rhs_dilation,
             padding=spec.wgrad_padding,
             gaps=spec.lhs_dilation,
@@ -139,25 +135,52 @@ def _wgrad(lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
             spec=spec,
         )
 
-    rhs = jnp.moveaxis(_each_group(convolve, x, y, "wgrad", spec), 0, -2)
-    return spec.from_channels_last("rhs", rhs)
+    def in_order(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if by_row:
+            pads = [(0, 0, 0), *_row_padding(spec), *[(0, 0, 0)] * 2]
+            x = lax.pad(x, jnp.zeros((), x.dtype), pads)
+            # (G C, columns, N, *rows) and (columns, N, *rows, G O)
+            return jnp.moveaxis(x, (-1, -2), (0, 1)), jnp.moveaxis(y, -2, 0)
+        # (G C, *spatial, N) and (*spatial, N, G O)
+        return jnp.moveaxis(x, (-1, 0), (0, -1)), jnp.moveaxis(y, 0, -2)
+
+    if _is_moved_whole(spec):
+        rhs = _each_group(convolve, *in_order(x, y), (0, -1), "wgrad", spec)
+    else:
+        rhs = _each_group(lambda x, y: convolve(*in_order(x, y)), x, y, (-1, -1), "wgrad", spec)
+    return spec.from_channels_last("rhs", jnp.moveaxis(rhs, 0, -2))
+
+
+def _is_moved_whole(spec: ConvSpec) -> bool:
+    """Returns whether the kernel's gradient puts all groups into another order at once.
+
+    That copies the arrays, but the features of one of many groups are too few to be read alone.
+    """
+    return spec.feature_group_count > UNROLLED and not memory.bits_bytes(spec)
 
 
 def _each_group(
     convolve: Callable,
     first: jax.Array,
     second: jax.Array,
+    dimensions: tuple[int, int],
     contraction: Contraction,
     spec: ConvSpec,
 ) -> jax.Array:
-    """Convolves each group of two operands; the last dimension of all arrays has the groups."""
+    """Convolves each group of two operands, which are in the dimensions; those of the result are in
+    the last one.
+    """
     groups = spec.feature_group_count
     few = _in_a_step(spec, contraction)
     steps = groups // few
 
     def step(i: jax.Array | int) -> jax.Array:
-        cut = [_part(x, i, steps) for x in (first, second)]
-        parts = [convolve(*(_part(x, j, few) for x in cut)) for j in range(few)]
+        operands = list(zip((first, second), dimensions, strict=True))
+        cut = [_part(x, d, i, steps) for x, d in operands]
+        parts = [
+            convolve(*(_part(x, d, j, few) for x, d in zip(cut, dimensions, strict=True)))
+            for j in range(few)
+        ]
         return jnp.concatenate(parts, -1)
 
     if steps == 1:
@@ -179,20 +202,19 @@ def _in_a_step(spec: ConvSpec, contraction: Contraction) -> int:
     of few groups has them at a time.
     """
     groups = spec.feature_group_count
-    if contraction == "wgrad" and (groups <= UNROLLED or spec.dtype != spec.accumulator):
-        return 1
     if groups <= UNROLLED:
-        return groups
+        return 1 if contraction == "wgrad" else groups
     return next(n for n in range(IN_A_STEP, 0, -1) if groups % n == 0)
 
 
-def _part(x: jax.Array, i: jax.Array | int, parts: int) -> jax.Array:
+def _part(x: jax.Array, dimension: int, i: jax.Array | int, parts: int) -> jax.Array:
     if parts == 1:
         return x
-    size = x.shape[-1] // parts
+    dimension %= x.ndim
+    size = x.shape[dimension] // parts
     if isinstance(i, int):
-        return lax.slice_in_dim(x, i * size, (i + 1) * size, axis=-1)
-    return memory.dynamic_slice(x, i * size, size, x.ndim - 1)
+        return lax.slice_in_dim(x, i * size, (i + 1) * size, axis=dimension)
+    return memory.dynamic_slice(x, i * size, size, dimension)
 
 
 def _row_by_row(x: jax.Array, y: jax.Array, spec: ConvSpec) -> jax.Array:

@@ -67,7 +67,7 @@ def supports(contraction: Contraction, spec: ConvSpec, platform: str) -> str | N
         pairs = inputs * outputs
         return None if inputs == 1 or pairs <= MAX_PAIRS else f"{pairs} sums for a tap and a group"
     terms = math.prod(spec.spatial_shape("rhs"))
-    if inputs > 1:
+    if inputs > 1 or contraction == "dgrad":
         terms *= inputs if contraction == "fprop" else outputs
     if terms > MAX_TERMS:
         return f"an element is the sum of {terms} products, more than {MAX_TERMS}"
@@ -105,7 +105,7 @@ def _stored(contraction: Contraction, spec: ConvSpec) -> int:
     """Returns the temporary bytes of the whole batch, an upper bound from compiled programs.
 
     Narrow groups store a padded operand. A depthwise convolution looks up single elements, and
-    stores no operand, but the sums of several outputs before the outputs of an input are added up.
+    stores no operand, unless it has many taps.
     """
     if contraction == "wgrad":
         return _stored_by_wgrad(spec)
@@ -114,19 +114,20 @@ def _stored(contraction: Contraction, spec: ConvSpec) -> int:
     inputs, outputs = spec.group_width
     if inputs > 1:
         return memory.padded_bytes(contraction, spec)
-    taps, stored = math.prod(spec.spatial_shape("rhs")), 0
-    repeated = lhs * outputs if outputs > 1 else 0
-    if taps > LOOKED_UP:
+    few = math.prod(spec.spatial_shape("rhs")) <= FUSED
+    stored = 0
+    if not _is_looked_up(spec.spatial_shape("rhs"), dimensions(contraction, spec)):
         times = outputs if contraction == "fprop" else 1
         stored = times * memory.padded_bytes(contraction, spec)
-    elif taps > FUSED:
-        stored = repeated if contraction == "fprop" else 0
-        if memory.bits_bytes(spec):
-            stored = max(stored, lhs if contraction == "fprop" else out)
-            stored += taps * repeated if contraction == "dgrad" else 0
-    if contraction == "dgrad" and outputs > 1:
-        stored += repeated + (lhs if spec.dtype != spec.accumulator else 0)
-        stored += repeated // 4 if phase_count(contraction, spec) > 1 else 0
+    elif not few:
+        stored = lhs * outputs if contraction == "fprop" and outputs > 1 else 0
+    if contraction == "dgrad" and outputs > 1 and (not few or phase_count("dgrad", spec) > 1):
+        stored += 2 * lhs
+    is_gapped = max(spec.lhs_dilation, default=1) > 1
+    if memory.bits_bytes(spec) and (not few or is_gapped):
+        stored = max(stored, lhs if contraction == "fprop" else lhs + out)
+    if contraction == "dgrad" and outputs > 1 and spec.dtype.itemsize == 1:
+        stored += lhs * outputs * (1 if few else math.prod(spec.spatial_shape("rhs")))
     return stored
 
 
@@ -176,10 +177,9 @@ def _dgrad(out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
     inputs, outputs = spec.group_width
     where = dimensions("dgrad", spec)
     if inputs == 1:
-        lhs = _depthwise(y, w[..., 0, :], where, spec.accumulator)
-        if outputs > 1:
-            # Behind a barrier: XLA:CPU would store what each tap reads, if it fused this sum.
-            lhs = lax.optimization_barrier(lhs)
+        at_once = outputs if spec.dtype.itemsize > 1 else 1  # XLA:CPU converts 8 bits slowly.
+        lhs = _depthwise(y, w[..., 0, :], where, spec.accumulator, at_once)
+        if at_once < outputs:
             lhs = lhs.reshape(*lhs.shape[:-1], spec.feature_group_count, outputs).sum(-1)
     else:
         w = w.reshape(*w.shape[:-1], spec.feature_group_count, outputs)
@@ -239,15 +239,21 @@ def _correlate(
 
 
 def _depthwise(
-    x: jax.Array, w: jax.Array, where: Sequence[Dimension], dtype: np.dtype
+    x: jax.Array,
+    w: jax.Array,
+    where: Sequence[Dimension],
+    dtype: np.dtype,
+    summed: int = 1,
 ) -> jax.Array:
-    """(N, *S, G) and (*K, G) to (N, *S, G)."""
+    """(N, *S, G) and (*K, G) to (N, *S, G); the sums of `summed` neighbouring features, if that is
+    more than one: they are products of one loop, and nothing is stored before the sum.
+    """
     before = None
-    if math.prod(w.shape[:-1]) > LOOKED_UP:
+    if not _is_looked_up(w.shape[:-1], where):
         x, before = padded(x, where)
     parts = []
     for phases in each_phase(where):
-        total = jnp.zeros((x.shape[0], *(p.count for p in phases), x.shape[-1]), dtype)
+        total = jnp.zeros((x.shape[0], *(p.count for p in phases), x.shape[-1] // summed), dtype)
         for reads in each_read(phases):
             weights = w[tuple(r.tap for r in reads)].astype(dtype)
             if before is None:
@@ -255,7 +261,9 @@ def _depthwise(
             else:
                 cut = (r.within(low) for r, low in zip(reads, before, strict=True))
                 window = x[(slice(None), *cut)]
-            total += window.astype(dtype) * _aligned(weights, total.ndim)
+            for o in range(summed):
+                seen = window[..., o::summed].astype(dtype)
+                total += seen * _aligned(weights[o::summed], total.ndim)
         parts.append(total)
     return interleave(parts, where)
 
@@ -343,6 +351,12 @@ def _swapped(w: jax.Array) -> jax.Array:
 def _repeated(x: jax.Array, outputs: int) -> jax.Array:
     """Each input of a depthwise convolution beside itself, once for each of its outputs."""
     return jnp.repeat(x, outputs, -1) if outputs > 1 else x
+
+
+def _is_looked_up(kernel: Sequence[int], where: Sequence[Dimension]) -> bool:
+    """Returns whether a depthwise kernel reads by index: one of few taps, or without phases."""
+    phases = math.prod(len(d.phases()) for d in where)
+    return math.prod(kernel) <= (LOOKED_UP if phases == 1 else FUSED)
 
 
 def _aligned(x: jax.Array, rank: int) -> jax.Array:
