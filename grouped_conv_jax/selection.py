@@ -31,6 +31,9 @@ def choose(contraction: Contraction, spec: ConvSpec, platform: str, is_export: b
     - one group, groups that are so few and small that any detour is longer, and sizes that are not
       known yet: `"xla"`.
 
+    Implementations that would store more than lax does, or more than three times their arrays, are
+    left out (see `memory`).
+
     On NVIDIA's GPUs, as measured on an H100 (benchmarks/gpu-*.json):
 
     - the kernel's gradient of more than one group: `"lax"`, which becomes cuDNN's;

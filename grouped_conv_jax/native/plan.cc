@@ -18,7 +18,8 @@ constexpr int64_t kWeightBytes = 256 << 10;
 // What a worker can need is less, or the request is refused.
 constexpr int64_t kMostBytes = int64_t{1} << 33;
 
-// Of all slices of the kernel's gradient, if there are several.
+// Of all slices of the kernel's gradient, if there are several: no more than this, and no more than
+// the operands have as packed elements. XLA's own convolution copies its operands once, too.
 constexpr int64_t kSumBytes = 32 << 20;
 
 // A pixel is read in pieces of at least so many vectors, a row of so many columns.
@@ -279,7 +280,11 @@ bool MakePlan(const Request& request, const Engine& engine, Plan* plan) {
   job.chunks = chunks();
   job.chunks_first = job.vectors * vector_bytes > 2 * kWeightBytes;
   int64_t tiles = job.batch * job.axes[0].tiles * job.axes[1].tiles;
-  int64_t most = std::max<int64_t>(kSumBytes / (job.vectors * vector_bytes), 1);
+  const Dimension &first = r.dimensions[0], &second = r.dimensions[1];
+  int64_t operands =
+      Product({r.batch, r.groups, r.inputs, first.operand, second.operand, engine.element_bytes}) +
+      Product({r.batch, r.groups, r.outputs, first.results, second.results, engine.element_bytes});
+  int64_t most = std::max<int64_t>(std::min(kSumBytes, operands) / (job.vectors * vector_bytes), 1);
   job.slices = is_sum ? std::clamp<int64_t>(Blocks(wanted, job.chunks), 1, std::min(tiles, most)) : 1;
   plan->tasks = job.chunks * (is_sum ? job.slices : tiles);
   plan->workers = std::min(r.threads, plan->tasks);
