@@ -53,6 +53,14 @@ def is_channels_last(spec: ConvSpec) -> bool:
     return all(layout == (0, len(layout) - 1, *range(1, len(layout) - 1)) for layout in layouts)
 
 
+def _is_channels_first(spec: ConvSpec) -> bool:
+    """Returns whether both arrays have their features before the spatial dimensions."""
+    layouts = (spec.layout(role) for role in ("lhs", "out"))
+    return len(spec.window_strides) > 0 and all(
+        layout == (*range(len(layout)),) for layout in layouts
+    )
+
+
 def padded_bytes(contraction: Contraction, spec: ConvSpec) -> int:
     """Returns the size of a correlation's operand with its padding, in the dtype of sums."""
     role = OPERANDS[contraction][0]
@@ -80,7 +88,8 @@ def lax_bytes(contraction: Contraction, spec: ConvSpec) -> int:
 
     XLA:CPU copies all arrays for the kernel's gradient, and some for complex numbers. It converts
     floats of less than 32 bits to 32 bits. The result is converted back into its own buffer, which
-    holds the converted operand before, if it is large enough.
+    holds the converted operand before, if it is large enough. Arrays with their features before
+    the spatial dimensions are transposed, at least one of them.
     """
     itemsize = spec.accumulator.itemsize
     operand, result = OPERANDS[contraction][0], RESULT[contraction]
@@ -90,6 +99,8 @@ def lax_bytes(contraction: Contraction, spec: ConvSpec) -> int:
         return sum(array_bytes(spec, role, itemsize) for role in copied)
     if jnp.issubdtype(spec.accumulator, jnp.integer):
         return 0
+    if spec.dtype == spec.wide_dtype == spec.accumulator and _is_channels_first(spec):
+        return max(array_bytes(spec, role) for role in (operand, result))
     converted = {
         role: array_bytes(spec, role, itemsize)
         for role in (operand, result)
@@ -126,10 +137,11 @@ def with_batch(spec: ConvSpec, size: int) -> ConvSpec:
 
 
 def examples_at_once(estimate: Estimate, contraction: Contraction, spec: ConvSpec) -> int:
-    """Returns how many examples are computed together: as many as the limit allows."""
+    """Returns how many examples are computed together: as many as the limit allows, in equal parts
+    of the batch. (XLA would keep memory for a smaller last part beside that of the others.)
+    """
     batch, most = batch_size(spec), limit(contraction, spec)
-    for parts in range(1, batch + 1):
-        size = -(-batch // parts)
+    for size in (batch // parts for parts in range(1, batch + 1) if batch % parts == 0):
         if _in_parts(estimate, contraction, spec, size) <= most:
             return size
     return 1
@@ -201,35 +213,30 @@ def _each_part(
     spec: ConvSpec,
     size: int,
 ) -> jax.Array:
-    """A loop over parts of `size` examples, and a smaller part after it if any are left.
+    """A loop over parts of `size` examples, which divides the batch.
 
     Each part's results are written to their place; kernel gradients are added up.
     """
-    role = RESULT[contraction]
-    is_sum = contraction == "wgrad"
-    steps, left = divmod(batch_size(spec), size)
+    role, is_sum = RESULT[contraction], contraction == "wgrad"
+    part = with_batch(spec, size)
     dtype = spec.accumulator if is_sum else spec.role_dtype(role)
 
-    def cut(of: Role, x: jax.Array, start: jax.Array | int, examples: int) -> jax.Array:
-        if of == "rhs":
-            return x
-        return dynamic_slice(x, start, examples, spec.layout(of)[0])
+    def cut(of: Role, x: jax.Array, start: jax.Array) -> jax.Array:
+        return x if of == "rhs" else dynamic_slice(x, start, size, spec.layout(of)[0])
 
-    def put(result: jax.Array, start: jax.Array | int, examples: int) -> jax.Array:
+    def put(i: jax.Array, result: jax.Array) -> jax.Array:
         operands = zip(OPERANDS[contraction], (first, second), strict=True)
-        given = (cut(of, x, start, examples) for of, x in operands)
-        part = compute(*given, with_batch(spec, examples)).astype(dtype)
+        computed = compute(*(cut(of, x, i * size) for of, x in operands), part).astype(dtype)
         if is_sum:
-            return result + part
+            return result + computed
         batch = spec.layout(role)[0]
-        return lax.dynamic_update_slice_in_dim(result, _as_bits(part), start, batch)
+        return lax.dynamic_update_slice_in_dim(result, _as_bits(computed), i * size, batch)
 
     result = jnp.zeros(spec.shape(role), dtype)
-    result = result if is_sum else _as_bits(result)
-    result = lax.fori_loop(0, steps, lambda i, result: put(result, i * size, size), result)
-    if left:
-        result = put(result, steps * size, left)
-    return result.astype(spec.role_dtype(role)) if is_sum else _as_floats(result, dtype)
+    if is_sum:
+        total = lax.fori_loop(0, batch_size(spec) // size, put, result)
+        return total.astype(spec.role_dtype(role))
+    return _as_floats(lax.fori_loop(0, batch_size(spec) // size, put, _as_bits(result)), dtype)
 
 
 def dynamic_slice(x: jax.Array, start: jax.Array | int, size: int, dimension: int) -> jax.Array:

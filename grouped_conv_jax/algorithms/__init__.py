@@ -11,8 +11,8 @@ An implementation is a module with any of three functions,
 and, to be chosen without being asked for,
 
     seconds(contraction, spec) -> what it is expected to take on a CPU (see `costs`)
-    temporary_bytes(contraction, spec) -> an upper bound of what XLA stores there beside the operands
-        and the result (see `memory`); none is taken as zero
+    temporary_bytes(contraction, spec) -> what XLA stores there beside the operands and the result
+        (see `memory`), at most; 0 if there is no such function
 
 where `platform` is "cpu", "cuda", "rocm", "tpu" or "another platform". If it compiles to a call of
 code that is not part of the program, it says `IS_EXPORTABLE = False`; if it multiplies otherwise

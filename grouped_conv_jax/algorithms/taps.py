@@ -126,9 +126,13 @@ def _stored(contraction: Contraction, spec: ConvSpec) -> int:
     is_gapped = max(spec.lhs_dilation, default=1) > 1
     if memory.bits_bytes(spec) and (not few or is_gapped):
         stored = max(stored, lhs if contraction == "fprop" else lhs + out)
-    if contraction == "dgrad" and outputs > 1 and spec.dtype.itemsize == 1:
+    if contraction == "dgrad" and outputs > 1 and _is_float8(spec):
         stored += lhs * outputs * (1 if few else math.prod(spec.spatial_shape("rhs")))
     return stored
+
+
+def _is_float8(spec: ConvSpec) -> bool:
+    return spec.dtype.itemsize == 1 and spec.accumulator.kind == "f"
 
 
 def _stored_by_wgrad(spec: ConvSpec) -> int:
@@ -177,7 +181,7 @@ def _dgrad(out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
     inputs, outputs = spec.group_width
     where = dimensions("dgrad", spec)
     if inputs == 1:
-        at_once = outputs if spec.dtype.itemsize > 1 else 1  # XLA:CPU converts 8 bits slowly.
+        at_once = 1 if _is_float8(spec) else outputs  # XLA:CPU converts 8 bits slowly.
         lhs = _depthwise(y, w[..., 0, :], where, spec.accumulator, at_once)
         if at_once < outputs:
             lhs = lhs.reshape(*lhs.shape[:-1], spec.feature_group_count, outputs).sum(-1)
