@@ -100,14 +100,14 @@ def lax_bytes(contraction: Contraction, spec: ConvSpec) -> int:
     if jnp.issubdtype(spec.accumulator, jnp.integer):
         return 0
     if spec.dtype == spec.wide_dtype == spec.accumulator and _is_channels_first(spec):
-        return max(array_bytes(spec, role) for role in (operand, result))
+        return max(array_bytes(spec, operand), array_bytes(spec, result))
     converted = {
         role: array_bytes(spec, role, itemsize)
         for role in (operand, result)
         if spec.role_dtype(role) != spec.accumulator
     }
     if jnp.issubdtype(spec.accumulator, jnp.complexfloating):
-        return max(array_bytes(spec, role) for role in (operand, result))
+        return max(array_bytes(spec, operand), array_bytes(spec, result))
     if result in converted and converted.get(operand, 0) <= array_bytes(spec, result):
         return converted[result]
     return sum(converted.values())
@@ -163,9 +163,8 @@ def _in_parts(estimate: Estimate, contraction: Contraction, spec: ConvSpec, size
 
 def bits_bytes(spec: ConvSpec) -> int:
     """Returns the size of the copies as integers that a loop slices: see `_as_bits`."""
-    roles: tuple[Role, ...] = ("lhs", "out")
-    sliced = (role for role in roles if _is_sliced_as_bits(spec.role_dtype(role)))
-    return sum(array_bytes(spec, role) for role in sliced)
+    arrays: tuple[Role, Role] = ("lhs", "out")
+    return sum(array_bytes(spec, r) for r in arrays if _is_sliced_as_bits(spec.role_dtype(r)))
 
 
 def by_batches(
@@ -218,6 +217,7 @@ def _each_part(
     Each part's results are written to their place; kernel gradients are added up.
     """
     role, is_sum = RESULT[contraction], contraction == "wgrad"
+    operands = OPERANDS[contraction]
     part = with_batch(spec, size)
     dtype = spec.accumulator if is_sum else spec.role_dtype(role)
 
@@ -225,12 +225,14 @@ def _each_part(
         return x if of == "rhs" else dynamic_slice(x, start, size, spec.layout(of)[0])
 
     def put(i: jax.Array, result: jax.Array) -> jax.Array:
-        operands = zip(OPERANDS[contraction], (first, second), strict=True)
-        computed = compute(*(cut(of, x, i * size) for of, x in operands), part).astype(dtype)
+        start = i * size
+        computed = compute(
+            cut(operands[0], first, start), cut(operands[1], second, start), part
+        ).astype(dtype)
         if is_sum:
             return result + computed
         batch = spec.layout(role)[0]
-        return lax.dynamic_update_slice_in_dim(result, _as_bits(computed), i * size, batch)
+        return lax.dynamic_update_slice_in_dim(result, _as_bits(computed), start, batch)
 
     result = jnp.zeros(spec.shape(role), dtype)
     if is_sum:

@@ -136,21 +136,20 @@ def _lax(call: Call, dtype: str) -> dict[Contraction, Callable]:
     """The convolution and its transposes by lax. It has no gradients of integers: theirs are the
     convolutions that its rules would make, `implementation="lax"`.
     """
-    if np.issubdtype(jnp.dtype(dtype), np.integer):
-        gradients = _ours(call, dtype, implementation="lax")
-    else:
-        gradients = {
-            "dgrad": lambda out, rhs: _transposed(lambda x: conv(x, rhs), call.lhs, dtype)(out)[0],
-            "wgrad": lambda lhs, out: _transposed(lambda w: conv(lhs, w), call.rhs, dtype)(out)[0],
-        }
+    preferred = DTYPES[dtype]
 
     def conv(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        preferred = DTYPES[dtype]
         return lax.conv_general_dilated(
             lhs, rhs, **call.arguments, preferred_element_type=preferred and jnp.dtype(preferred)
         )
 
-    return {**gradients, "fprop": conv}
+    if np.issubdtype(jnp.dtype(dtype), np.integer):
+        return {**_ours(call, dtype, implementation="lax"), "fprop": conv}
+    return {
+        "fprop": conv,
+        "dgrad": lambda out, rhs: _transposed(lambda x: conv(x, rhs), call.lhs, dtype)(out)[0],
+        "wgrad": lambda lhs, out: _transposed(lambda w: conv(lhs, w), call.rhs, dtype)(out)[0],
+    }
 
 
 def _transposed(function: Callable, shape: Sequence[int], dtype: str) -> Callable:
