@@ -74,12 +74,13 @@ def padded_bytes(contraction: Contraction, spec: ConvSpec) -> int:
 
 def allowance(contraction: Contraction, spec: ConvSpec) -> int:
     """Returns the bytes that a contraction may store even where lax stores none: a copy of the
-    kernel, and a quarter of the arrays.
+    kernel, and a quarter of the arrays, in the dtype of sums.
 
     Small calls may store half of their arrays up to 1 MiB, or 64 KiB.
     """
-    arrays = costs.all_bytes(contraction, spec)
-    kernel = array_bytes(spec, "rhs", spec.accumulator.itemsize)
+    itemsize = spec.accumulator.itemsize
+    lhs, kernel, out = (array_bytes(spec, role, itemsize) for role in ("lhs", "rhs", "out"))
+    arrays = lhs + kernel + out
     return kernel + max(ALWAYS_ALLOWED, min(CACHED, arrays // 2), arrays // 4)
 
 
@@ -156,9 +157,10 @@ def in_parts(estimate: Estimate, contraction: Contraction, spec: ConvSpec) -> in
 def _in_parts(estimate: Estimate, contraction: Contraction, spec: ConvSpec, size: int) -> int:
     if size == batch_size(spec):
         return estimate(contraction, spec)
-    stored = estimate(contraction, with_batch(spec, size)) + bits_bytes(spec)
-    sums = 2 * array_bytes(spec, "rhs", spec.accumulator.itemsize)
-    return stored + (sums if contraction == "wgrad" else 0)
+    # The loop keeps converted kernels, or two sums of the kernel's gradient.
+    kernels = array_bytes(spec, "rhs", spec.accumulator.itemsize)
+    kernels *= 2 if contraction == "wgrad" else 1
+    return estimate(contraction, with_batch(spec, size)) + bits_bytes(spec) + kernels
 
 
 def bits_bytes(spec: ConvSpec) -> int:

@@ -21,7 +21,7 @@ from jax import lax
 
 from grouped_conv_jax import costs, memory
 from grouped_conv_jax.algorithms import xla
-from grouped_conv_jax.spec import Contraction, ConvSpec
+from grouped_conv_jax.spec import RESULT, Contraction, ConvSpec
 
 UNROLLED = 8
 """So many groups are written out, without a loop."""
@@ -99,7 +99,7 @@ def _fprop(lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
         spec=spec,
     )
     out = _each_group(convolve, x, w, (-1, -1), "fprop", spec)
-    return spec.from_channels_last("out", out.astype(spec.role_dtype("out")))
+    return spec.from_channels_last("out", out)
 
 
 def _dgrad(out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
@@ -116,7 +116,7 @@ def _dgrad(out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
         spec=spec,
     )
     lhs = _each_group(convolve, y, w, (-1, -1), "dgrad", spec)
-    return spec.from_channels_last("lhs", lhs.astype(spec.role_dtype("lhs")))
+    return spec.from_channels_last("lhs", lhs)
 
 
 def _wgrad(lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
@@ -173,6 +173,7 @@ def _each_group(
     groups = spec.feature_group_count
     few = _in_a_step(spec, contraction)
     steps = groups // few
+    dtype = spec.accumulator if contraction == "wgrad" else spec.role_dtype(RESULT[contraction])
 
     def step(i: jax.Array | int) -> jax.Array:
         operands = list(zip((first, second), dimensions, strict=True))
@@ -181,7 +182,7 @@ def _each_group(
             convolve(*(_part(x, d, j, few) for x, d in zip(cut, dimensions, strict=True)))
             for j in range(few)
         ]
-        return jnp.concatenate(parts, -1)
+        return jnp.concatenate(parts, -1).astype(dtype)
 
     if steps == 1:
         return step(0)
