@@ -73,7 +73,7 @@ def padded_bytes(contraction: Contraction, spec: ConvSpec) -> int:
 
 
 def allowance(contraction: Contraction, spec: ConvSpec) -> int:
-    """Returns the bytes that a contraction may store even where lax stores none: a copy of the
+    """Returns the bytes that a contraction may store even where lax stores none: two copies of the
     kernel, and a quarter of the arrays, in the dtype of sums.
 
     Small calls may store half of their arrays up to 1 MiB, or 64 KiB.
@@ -81,7 +81,7 @@ def allowance(contraction: Contraction, spec: ConvSpec) -> int:
     itemsize = spec.accumulator.itemsize
     lhs, kernel, out = (array_bytes(spec, role, itemsize) for role in ("lhs", "rhs", "out"))
     arrays = lhs + kernel + out
-    return kernel + max(ALWAYS_ALLOWED, min(CACHED, arrays // 2), arrays // 4)
+    return 2 * kernel + max(ALWAYS_ALLOWED, min(CACHED, arrays // 2), arrays // 4)
 
 
 def lax_bytes(contraction: Contraction, spec: ConvSpec) -> int:

@@ -127,7 +127,7 @@ def _stored(contraction: Contraction, spec: ConvSpec) -> int:
     if memory.bits_bytes(spec) and (not few or is_gapped):
         stored = max(stored, lhs if contraction == "fprop" else lhs + out)
     if contraction == "dgrad" and outputs > 1 and _is_float8(spec):
-        stored += lhs * outputs * (1 if few else math.prod(spec.spatial_shape("rhs"))) + out // 8
+        stored += lhs * (1 + outputs * (1 if few else math.prod(spec.spatial_shape("rhs"))))
     return stored
 
 
