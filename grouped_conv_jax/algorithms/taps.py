@@ -126,6 +126,8 @@ def _stored(contraction: Contraction, spec: ConvSpec) -> int:
     is_gapped = max(spec.lhs_dilation, default=1) > 1
     if memory.bits_bytes(spec) and (not few or is_gapped):
         stored = max(stored, lhs if contraction == "fprop" else lhs + out)
+    elif memory.bits_bytes(spec) and contraction == "dgrad" and outputs > 1:
+        stored += out
     if contraction == "dgrad" and outputs > 1 and _is_float8(spec):
         stored += lhs * (1 + outputs * (1 if few else math.prod(spec.spatial_shape("rhs"))))
     return stored
