@@ -30,7 +30,7 @@ class DeviceKind(NamedTuple):
 
     @property
     def short(self) -> str:
-        """The kind in a few words: "cpu" for all CPUs."""
+        """A shorter name of the kind, which is "cpu" for all CPUs."""
         return self.platform if self.platform == "cpu" else str(self)
 
     @classmethod
