@@ -13,7 +13,6 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,14 +30,6 @@ MULTIPLY_ADDS_PER_BYTE = 200
 """What a device computes while a byte is sent: to weigh work done twice against communication."""
 
 
-class Exchange(NamedTuple):
-    """Mesh axes that come to shard another dimension of an array, by an all-to-all."""
-
-    axes: Axes
-    source: int
-    target: int
-
-
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Which mesh axes split which part, and over which axes the result is scattered.
@@ -49,7 +40,6 @@ class Plan:
       sizes: of the mesh axes.
       split: the axes of each part, the major one first.
       scattered: for dimensions of the result, the axes over which a sum is scattered there.
-      exchanges: what each array goes through, the operands before and the result after the rest.
     """
 
     contraction: Contraction
@@ -57,20 +47,9 @@ class Plan:
     sizes: Mapping[str, int]
     split: Mapping[Part, Axes]
     scattered: Mapping[int, Axes] = dataclasses.field(default_factory=dict)
-    exchanges: Mapping[Role, Exchange] = dataclasses.field(default_factory=dict)
-
-    def outside(self, role: Role) -> Dimensions:
-        """The axes of each dimension of an array, as the partitioned program takes or gives it."""
-        dimensions = list(self.sharded(role))
-        if role in self.exchanges:
-            axes, source, target = self.exchanges[role]
-            there, here = (target, source) if role != RESULT[self.contraction] else (source, target)
-            dimensions[there] = dimensions[there][: -len(axes)]
-            dimensions[here] += axes
-        return tuple(dimensions)
 
     def sharded(self, role: Role) -> Dimensions:
-        """The axes of each dimension of an array, where the convolution is computed."""
+        """The axes of each dimension of an array, as the partitioned program takes or gives it."""
         dimensions: list[Axes] = [()] * len(self.spec.shape(role))
         for part, axes in self.split.items():
             at = self.spec.dimension(role, part)
@@ -122,7 +101,7 @@ class Plan:
     def compute(self, local: Callable, first: jax.Array, second: jax.Array) -> jax.Array:
         """Computes one device's part of the result from its parts of the operands."""
         values = [
-            self._without_garbage(role, self._exchanged_axes(role, x))
+            self._without_garbage(role, x)
             for role, x in zip(OPERANDS[self.contraction], (first, second), strict=True)
         ]
         if self.contraction != "dgrad":
@@ -135,14 +114,7 @@ class Plan:
         for at, axes in self.scattered.items():
             out = lax.psum_scatter(out, axes, scatter_dimension=at, tiled=True)
             summed = [a for a in summed if a not in axes]
-        out = lax.psum(out, tuple(summed)) if summed else out
-        return self._exchanged_axes(RESULT[self.contraction], out)
-
-    def _exchanged_axes(self, role: Role, x: jax.Array) -> jax.Array:
-        if role not in self.exchanges:
-            return x
-        axes, source, target = self.exchanges[role]
-        return lax.all_to_all(x, axes, split_axis=target, concat_axis=source, tiled=True)
+        return lax.psum(out, tuple(summed)) if summed else out
 
     def _exchanged(self, lhs: jax.Array) -> jax.Array:
         for i, halo in self.halos.items():
@@ -256,39 +228,6 @@ class Plan:
                 scattered[at] = fitting
         return dataclasses.replace(self, scattered=scattered)
 
-    def with_exchanges(self, given: Mapping[Role, Dimensions]) -> "Plan":
-        """Moves axes from one dimension of an array to another by an all-to-all of its own.
-
-        XLA would do so as well, but not if it writes the two shardings in different ways, as jax
-        0.12 does: it then gathers the whole array, and warns of a full rematerialization.
-        """
-        exchanges = {}
-        for role, outside in given.items():
-            ends = outside, self.sharded(role)
-            if role == RESULT[self.contraction]:
-                ends = ends[::-1]
-            if (exchange := self._exchange(role, *ends)) is not None:
-                exchanges[role] = exchange
-        return dataclasses.replace(self, exchanges=exchanges)
-
-    def _exchange(self, role: Role, before: Dimensions, after: Dimensions) -> Exchange | None:
-        """The axes that are the inner ones of one dimension before, and of another one after."""
-
-        def divides(dimension: int, axes: Axes) -> bool:
-            return self.spec.shape(role)[dimension] % math.prod(self.sizes[a] for a in axes) == 0
-
-        for source, target in itertools.permutations(range(len(before)), 2):
-            axes = _common_end(before[source], after[target])
-            outer = len(before[source]) - len(axes), len(after[target]) - len(axes)
-            # The end that is computed with is given. The other one must follow from it.
-            if role == RESULT[self.contraction]:
-                fits = before[target] == after[target][: outer[1]]
-            else:
-                fits = after[source] == before[source][: outer[0]]
-            if axes and fits and divides(source, before[source]) and divides(target, after[target]):
-                return Exchange(axes, source, target)
-        return None
-
     def _sums_over(self, axis: str) -> bool:
         return any(axis in axes and self.sums(part) for part, axes in self.split.items())
 
@@ -313,14 +252,7 @@ def choose(
     by_size = sorted(given, key=nbytes, reverse=True)
     for axis in dict.fromkeys(a for role in by_size for axes in given[role] for a in axes):
         plan = min(plan.along(axis), key=lambda p: p.cost(axis, given))
-    return plan.with_scattered_sums(given[RESULT[contraction]]).with_exchanges(given)
-
-
-def _common_end(one: Axes, other: Axes) -> Axes:
-    """The last axes that two dimensions have in common."""
-    pairs = zip(reversed(one), reversed(other), strict=False)
-    equal = list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-    return one[len(one) - len(equal) :]
+    return plan.with_scattered_sums(given[RESULT[contraction]])
 
 
 def _place(axis: str, dimensions: Dimensions) -> tuple[int, Axes] | None:
