@@ -165,7 +165,7 @@ def _in_shard_map(
         for role, x in zip(roles, types, strict=True)
     }
     plan = choose(contraction, spec, given, dict(mesh.shape))
-    *operands, result = (PartitionSpec(*plan.sharded(role)) for role in roles)
+    *operands, result = (PartitionSpec(*plan.boundary(role)) for role in roles)
 
     def computation(first: jax.Array, second: jax.Array) -> jax.Array:
         note(plan.local_spec, None)
@@ -188,7 +188,7 @@ def _in_shard_map(
 def _filled_up(x: jax.Array, plan: Plan, role: Role) -> jax.Array:
     """Pads an array at its ends so that the axes of the plan divide it."""
     config = []
-    for size, axes in zip(x.shape, plan.sharded(role), strict=True):
+    for size, axes in zip(x.shape, plan.boundary(role), strict=True):
         parts = math.prod(plan.sizes[axis] for axis in axes)
         config.append((0, -size % parts, 0))
     return lax.pad(x, jnp.zeros((), x.dtype), config)
@@ -224,7 +224,7 @@ def _partitioned(
             with bits_of(spec), jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
                 return plan.compute(compute, first, second)
 
-        shardings = [NamedSharding(mesh, PartitionSpec(*plan.sharded(role))) for role in names]
+        shardings = [NamedSharding(mesh, PartitionSpec(*plan.boundary(role))) for role in names]
         return mesh, on_device, shardings[2], tuple(shardings[:2])
 
     def infer_result(_: Any, operands: Any, result: Any) -> NamedSharding:

@@ -20,11 +20,8 @@ import numpy as np
 from jax import lax
 
 from grouped_conv_jax.halo import Halo
+from grouped_conv_jax.resharding import Axes, Dimensions, Step, is_divided_evenly, steps
 from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec, MappedAxis, Part, Role
-
-Axes = tuple[str, ...]
-Dimensions = tuple[Axes, ...]
-"""The mesh axes that shard each dimension of an array, the major one first."""
 
 MULTIPLY_ADDS_PER_BYTE = 200
 """What a device computes while a byte is sent: to weigh work done twice against communication."""
@@ -40,6 +37,7 @@ class Plan:
       sizes: of the mesh axes.
       split: the axes of each part, the major one first.
       scattered: for dimensions of the result, the axes over which a sum is scattered there.
+      given: how the operands are sharded before, and how the result is to be sharded after.
     """
 
     contraction: Contraction
@@ -47,9 +45,10 @@ class Plan:
     sizes: Mapping[str, int]
     split: Mapping[Part, Axes]
     scattered: Mapping[int, Axes] = dataclasses.field(default_factory=dict)
+    given: Mapping[Role, Dimensions] = dataclasses.field(default_factory=dict)
 
     def sharded(self, role: Role) -> Dimensions:
-        """The axes of each dimension of an array, as the partitioned program takes or gives it."""
+        """The axes of each dimension of an array, as the contraction takes or gives it."""
         dimensions: list[Axes] = [()] * len(self.spec.shape(role))
         for part, axes in self.split.items():
             at = self.spec.dimension(role, part)
@@ -60,6 +59,28 @@ class Plan:
             for at, axes in self.scattered.items():
                 dimensions[at] += axes
         return tuple(dimensions)
+
+    def boundary(self, role: Role) -> Dimensions:
+        """The axes of each dimension of an array, as the partitioned program takes or gives it.
+
+        XLA takes or gives the array as it is `sharded` where that only takes a gather or a slice.
+        Otherwise the array crosses the boundary as `given`, and `compute` moves it: XLA may copy
+        the whole array to every device.
+        """
+        return self.given[role] if self._resharding(role) else self.sharded(role)
+
+    def _resharding(self, role: Role) -> tuple[Step, ...]:
+        """Returns the steps between an array as `given` and as `sharded` that XLA is not left."""
+        if role not in self.given:
+            return ()
+        outside, inside = self.given[role], self.sharded(role)
+        shape = self.spec.shape(role)
+        if not all(is_divided_evenly(d, shape, self.sizes) for d in (outside, inside)):
+            return ()
+        way = (inside, outside) if role == RESULT[self.contraction] else (outside, inside)
+        path = tuple(steps(*way))
+        kinds = {step.kind for step in path}
+        return () if kinds <= {"gather"} or kinds <= {"slice"} else path
 
     def parts(self, *which: Part) -> int:
         return math.prod(self.sizes[a] for part in which for a in self.split.get(part, ()))
@@ -101,7 +122,7 @@ class Plan:
     def compute(self, local: Callable, first: jax.Array, second: jax.Array) -> jax.Array:
         """Computes one device's part of the result from its parts of the operands."""
         values = [
-            self._without_garbage(role, x)
+            self._without_garbage(role, self._resharded(role, x))
             for role, x in zip(OPERANDS[self.contraction], (first, second), strict=True)
         ]
         if self.contraction != "dgrad":
@@ -114,7 +135,13 @@ class Plan:
         for at, axes in self.scattered.items():
             out = lax.psum_scatter(out, axes, scatter_dimension=at, tiled=True)
             summed = [a for a in summed if a not in axes]
-        return lax.psum(out, tuple(summed)) if summed else out
+        out = lax.psum(out, tuple(summed)) if summed else out
+        return self._resharded(RESULT[self.contraction], out)
+
+    def _resharded(self, role: Role, x: jax.Array) -> jax.Array:
+        for step in self._resharding(role):
+            x = step.apply(x, self.sizes)
+        return x
 
     def _exchanged(self, lhs: jax.Array) -> jax.Array:
         for i, halo in self.halos.items():
@@ -252,7 +279,8 @@ def choose(
     by_size = sorted(given, key=nbytes, reverse=True)
     for axis in dict.fromkeys(a for role in by_size for axes in given[role] for a in axes):
         plan = min(plan.along(axis), key=lambda p: p.cost(axis, given))
-    return plan.with_scattered_sums(given[RESULT[contraction]])
+    plan = plan.with_scattered_sums(given[RESULT[contraction]])
+    return dataclasses.replace(plan, given=given)
 
 
 def _place(axis: str, dimensions: Dimensions) -> tuple[int, Axes] | None:
