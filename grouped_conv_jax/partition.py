@@ -43,6 +43,11 @@ from grouped_conv_jax.xla_partition import with_sharding
 WITH_CUSTOM_PARTITIONING = frozenset({"cpu", "cuda", "rocm"})
 """The platforms whose compiler asks `custom_partitioning`. A TPU's does not (jax issue 38196)."""
 
+XLA_EXCHANGES = jax.__version_info__ < (0, 11)
+"""Whether XLA makes an all-to-all where an array enters or leaves a custom partition. In jax 0.12
+XLA writes shardings in two ways, with and without names, and compares them in vain there.
+"""
+
 Computation = Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -215,7 +220,7 @@ def _partitioned(
             role: _decode(x.sharding, len(x.shape), mesh)
             for role, x in zip(names, (*operands, result), strict=True)
         }
-        plan = choose(contraction, spec, given, mesh.shape)
+        plan = choose(contraction, spec, given, mesh.shape, xla_exchanges=XLA_EXCHANGES)
         note(plan.local_spec, None)
 
         def on_device(first: jax.Array, second: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 
 from grouped_conv_jax.halo import Halo
-from grouped_conv_jax.resharding import Axes, Dimensions, Step, is_divided_evenly, steps
+from grouped_conv_jax.resharding import Axes, Dimensions, Step, divides_evenly, steps
 from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec, MappedAxis, Part, Role
 
 MULTIPLY_ADDS_PER_BYTE = 200
@@ -38,6 +38,7 @@ class Plan:
       split: the axes of each part, the major one first.
       scattered: for dimensions of the result, the axes over which a sum is scattered there.
       given: how the operands are sharded before, and how the result is to be sharded after.
+      xla_exchanges: whether XLA makes an all-to-all where an array enters or leaves the program.
     """
 
     contraction: Contraction
@@ -46,6 +47,7 @@ class Plan:
     split: Mapping[Part, Axes]
     scattered: Mapping[int, Axes] = dataclasses.field(default_factory=dict)
     given: Mapping[Role, Dimensions] = dataclasses.field(default_factory=dict)
+    xla_exchanges: bool = True
 
     def sharded(self, role: Role) -> Dimensions:
         """The axes of each dimension of an array, as the contraction takes or gives it."""
@@ -63,24 +65,30 @@ class Plan:
     def boundary(self, role: Role) -> Dimensions:
         """The axes of each dimension of an array, as the partitioned program takes or gives it.
 
-        XLA takes or gives the array as it is `sharded` where that only takes a gather or a slice.
-        Otherwise the array crosses the boundary as `given`, and `compute` moves it: XLA may copy
-        the whole array to every device.
+        The array crosses the boundary as it is `sharded`, and XLA moves it before or after, where
+        XLA has a good way. The same movement for two contractions is made once then. Otherwise the
+        array crosses as `given`, and `compute` moves it.
         """
         return self.given[role] if self._resharding(role) else self.sharded(role)
 
-    def _resharding(self, role: Role) -> tuple[Step, ...]:
-        """Returns the steps between an array as `given` and as `sharded` that XLA is not left."""
+    def _resharding(self, role: Role) -> list[Step]:
+        """Returns how `compute` moves an array between its sharding as `given` and as `sharded`."""
         if role not in self.given:
-            return ()
+            return []
         outside, inside = self.given[role], self.sharded(role)
-        shape = self.spec.shape(role)
-        if not all(is_divided_evenly(d, shape, self.sizes) for d in (outside, inside)):
-            return ()
+        if not divides_evenly(outside, inside, self.spec.shape(role), self.sizes):
+            return []
         way = (inside, outside) if role == RESULT[self.contraction] else (outside, inside)
-        path = tuple(steps(*way))
-        kinds = {step.kind for step in path}
-        return () if kinds <= {"gather"} or kinds <= {"slice"} else path
+        path = steps(*way)
+        return path if self._is_beyond_xla(path) else []
+
+    def _is_beyond_xla(self, path: list[Step]) -> bool:
+        """Returns whether XLA may copy the whole array to every device to go this way."""
+        kinds = [step.kind for step in path]
+        if "exchange" not in kinds:
+            return "gather" in kinds and "slice" in kinds
+        is_alone = kinds.count("exchange") == 1 and {*kinds} <= {"exchange", "permute"}
+        return not (self.xla_exchanges and is_alone)
 
     def parts(self, *which: Part) -> int:
         return math.prod(self.sizes[a] for part in which for a in self.split.get(part, ()))
@@ -264,6 +272,8 @@ def choose(
     spec: ConvSpec,
     given: Mapping[Role, Dimensions],
     sizes: Mapping[str, int],
+    *,
+    xla_exchanges: bool = True,
 ) -> Plan:
     """The plan for operands that are sharded, and a result that is wanted, as `given`.
 
@@ -280,7 +290,7 @@ def choose(
     for axis in dict.fromkeys(a for role in by_size for axes in given[role] for a in axes):
         plan = min(plan.along(axis), key=lambda p: p.cost(axis, given))
     plan = plan.with_scattered_sums(given[RESULT[contraction]])
-    return dataclasses.replace(plan, given=given)
+    return dataclasses.replace(plan, given=given, xla_exchanges=xla_exchanges)
 
 
 def _place(axis: str, dimensions: Dimensions) -> tuple[int, Axes] | None:

@@ -1,9 +1,9 @@
 """Moves the parts of an array among devices, from one sharding to another.
 
 XLA's partitioner does so as well, but it knows few ways. Where one mesh axis leaves a dimension
-while another one comes to a different dimension, or where a mesh axis changes dimensions, it may
-copy the whole array to every device ("involuntary full rematerialization"). Here any two shardings
-of the same mesh are a few steps apart, and no step makes an array larger before it must.
+while another one comes to a different dimension, it may copy the whole array to every device
+("involuntary full rematerialization"). Here any two shardings of the same mesh are a few steps
+apart, and what makes an array larger comes last.
 
 An example on a mesh of a = 4 and b = 2 devices. An array (64, 64) is sharded (a, -) and is wanted
 as (-, b). Each device has (16, 64). It first slices what it will need of the second dimension,
@@ -13,7 +13,7 @@ as (-, b). Each device has (16, 64). It first slices what it will need of the se
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import jax
@@ -33,7 +33,8 @@ class Step:
       kind: "slice" keeps what the device has of dimension `target` after more axes shard it;
         "exchange" is an all-to-all, which takes the axes from dimension `source` to `target`;
         "permute" changes the order of the axes of `source` by a collective-permute; "gather" takes
-        the axes from `source`.
+        the axes from `source`. The axes of an array's dimension that a step takes are the minor
+        ones, and those that it adds become the minor ones.
       axes: the mesh axes, the major one first; those of a "permute" in their old order.
       source: the dimension that loses the axes.
       target: the dimension that gets the axes.
@@ -81,82 +82,79 @@ class Step:
         return [(int(block), device) for device, block in enumerate(blocks.flat)]
 
 
-def steps(has: Dimensions, needs: Dimensions) -> Iterator[Step]:
-    """Yields the steps from one sharding to another.
+def steps(has: Dimensions, needs: Dimensions) -> list[Step]:
+    """Returns the steps from one sharding to another.
 
-    A slice comes first, since it makes the part of a device smaller, and a gather last. Axes that
-    are where they must be are never moved again, so that this ends.
+    Slices make the part of a device smaller and come first. Then axes go to the dimensions that
+    need them, and get into the order that is needed there. Gathers come last.
     """
-    while has != needs:
-        step = (_slice(has, needs) or _exchange(has, needs) or _permute(has, needs)) or _gather(
-            has, needs
-        )
-        yield step
+    path: list[Step] = []
+    while step := (
+        _slice(has, needs) or _exchange(has, needs) or _permute(has, needs) or _gather(has, needs)
+    ):
+        path.append(step)
         has = step.after(has)
+    return path
 
 
-def is_divided_evenly(dimensions: Dimensions, shape: Sequence[int], sizes: Mapping[str, int]):
-    """Returns whether every device has a part of the same size."""
-    parts = (math.prod(sizes[axis] for axis in axes) for axes in dimensions)
-    return all(size % n == 0 for size, n in zip(shape, parts, strict=True))
+def divides_evenly(
+    has: Dimensions, needs: Dimensions, shape: Sequence[int], sizes: Mapping[str, int]
+) -> bool:
+    """Returns whether all devices have parts of the same size before and after every step."""
+    for size, before, after in zip(shape, has, needs, strict=True):
+        if size % math.prod(sizes[axis] for axis in {*before, *after}):
+            return False
+    return True
 
 
 def _slice(has: Dimensions, needs: Dimensions) -> Step | None:
     """Returns a slice along axes over which all devices have the same."""
     used = set(itertools.chain(*has))
-    for at, missing in _missing(has, needs):
-        if free := tuple(itertools.takewhile(lambda axis: axis not in used, missing)):
+    for at, wanted in enumerate(needs):
+        if free := tuple(axis for axis in wanted if axis not in used):
             return Step("slice", free, target=at)
     return None
 
 
 def _exchange(has: Dimensions, needs: Dimensions) -> Step | None:
-    """Returns an all-to-all of the most axes that go from one dimension to another."""
-    for source, surplus in _surplus(has, needs):
-        for target, missing in _missing(has, needs):
-            for start in range(len(surplus)):
-                axes = surplus[start:]
-                if axes == missing[: len(axes)]:
-                    return Step("exchange", axes, source, target)
-    return None
+    """Returns an all-to-all of the minor axes of a dimension that another dimension needs, or else
+    what makes them minor.
+    """
+    homes = {axis: at for at, axes in enumerate(needs) for axis in axes}
+    order = list(itertools.chain(*needs))
+    permutes = []
+    for source, axes in enumerate(has):
+        targets = [homes.get(axis, source) for axis in axes]
+        if not axes or targets.count(source) == len(axes):
+            continue
+        target = targets[-1]
+        if target != source:
+            _, moved = next(itertools.groupby(reversed(axes), lambda a: homes.get(a)))
+            return Step("exchange", tuple(moved)[::-1], source, target)
+        going = [axis for axis, at in zip(axes, targets, strict=True) if at != source]
+        staying = _ordered([axis for axis in axes if axis not in going], needs[source])
+        minor = sorted(going, key=order.index)
+        permutes.append(Step("permute", axes, source, order=(*staying, *minor)))
+    return permutes[0] if permutes else None
 
 
 def _permute(has: Dimensions, needs: Dimensions) -> Step | None:
-    """Returns a change of order within a dimension: first the axes that stay, then the axes that
-    another dimension needs, and last the axes that no dimension needs.
-    """
-    used = set(itertools.chain(*needs))
-    for source, surplus in _surplus(has, needs):
-        kept = len(has[source]) - len(surplus)
-        stays = [axis for axis in needs[source][kept:] if axis in surplus]
-        goes = [axis for axis in surplus if axis not in stays]
-        order = (*stays, *sorted(goes, key=lambda axis: axis not in used))
-        if order != surplus:
-            return Step("permute", surplus, source, order=order)
+    """Returns a change of order within a dimension that has all the axes that it needs."""
+    for at, (axes, wanted) in enumerate(zip(has, needs, strict=True)):
+        if axes[: len(wanted)] != wanted:
+            return Step("permute", axes, at, order=_ordered(axes, wanted))
     return None
 
 
-def _gather(has: Dimensions, needs: Dimensions) -> Step:
-    """Returns a gather of axes that no dimension needs, or else of one that is in the way."""
-    used = set(itertools.chain(*needs))
-    for source, surplus in _surplus(has, needs):
-        unused = tuple(itertools.takewhile(lambda axis: axis not in used, reversed(surplus)))
-        if unused:
-            return Step("gather", unused[::-1], source)
-    source, surplus = next(_surplus(has, needs))
-    return Step("gather", surplus[-1:], source)
-
-
-def _surplus(has: Dimensions, needs: Dimensions) -> Iterator[tuple[int, Axes]]:
-    """Yields the dimensions that have axes where others must be, and those axes."""
+def _gather(has: Dimensions, needs: Dimensions) -> Step | None:
+    """Returns a gather of the axes that no dimension needs."""
     for at, (axes, wanted) in enumerate(zip(has, needs, strict=True)):
-        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(axes, wanted, strict=False))
-        if surplus := axes[len(list(same)) :]:
-            yield at, surplus
+        if unused := axes[len(wanted) :]:
+            return Step("gather", unused, at)
+    return None
 
 
-def _missing(has: Dimensions, needs: Dimensions) -> Iterator[tuple[int, Axes]]:
-    """Yields the dimensions that have nothing but what they must have, and what comes next."""
-    for at, (axes, wanted) in enumerate(zip(has, needs, strict=True)):
-        if axes == wanted[: len(axes)] and axes != wanted:
-            yield at, wanted[len(axes) :]
+def _ordered(axes: Sequence[str], wanted: Axes) -> Axes:
+    """Returns the axes in the order in which they are wanted, and then those that are not."""
+    order = [*wanted, *axes]
+    return tuple(sorted(axes, key=order.index))
