@@ -67,19 +67,25 @@ class Step:
             return lax.all_to_all(x, self.axes, self.target, self.source, tiled=True)
         if self.kind == "gather":
             return lax.all_gather(x, self.axes, axis=self.source, tiled=True)
-        return lax.ppermute(x, self.axes, self._permutation(sizes))
+        return self._permuted(x, sizes)
 
-    def _permutation(self, sizes: Mapping[str, int]) -> list[tuple[int, int]]:
-        """Returns pairs of the device that has a block and the device that gets the block.
+    def _permuted(self, x: jax.Array, sizes: Mapping[str, int]) -> jax.Array:
+        """Sends every block to the device that has its place in the new order of the axes.
 
-        Devices are numbered along `axes`, and device i has block i. With axes (a, b) of sizes 2 and
-        3 and the new order (b, a), the device at a = 1, b = 0 is number 3. Its new block is number
-        1 of the order (b, a), which device 1 has.
+        `lax.ppermute` numbers devices in the order of the mesh. With axes (a, b) of sizes 2 and 3,
+        in that order in the mesh, and the new order (b, a), the device at a = 1, b = 0 is number 3.
+        Its new block is number 1 of the order (b, a), which device 1 has.
         """
-        shape = [sizes[axis] for axis in self.order]
-        blocks = np.arange(math.prod(shape)).reshape(shape)
-        blocks = blocks.transpose([self.order.index(axis) for axis in self.axes])
-        return [(int(block), device) for device, block in enumerate(blocks.flat)]
+        in_mesh = tuple(axis for axis in sizes if axis in self.axes)
+
+        def blocks(order: Axes) -> np.ndarray:
+            shape = [sizes[axis] for axis in order]
+            numbers = np.arange(math.prod(shape)).reshape(shape)
+            return numbers.transpose([order.index(axis) for axis in in_mesh]).ravel()
+
+        sources = np.argsort(blocks(self.axes))[blocks(self.order)]
+        pairs = [(int(source), device) for device, source in enumerate(sources)]
+        return lax.ppermute(x, in_mesh, pairs)
 
 
 def steps(has: Dimensions, needs: Dimensions) -> list[Step]:
