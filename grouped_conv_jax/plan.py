@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -218,25 +218,34 @@ class Plan:
         that inputs or outputs are moved, which grow with the batch: that is summed instead.
 
         An array that is whole on each of them is cut for nothing; one that is cut is gathered, or
-        cut otherwise in an all-to-all. A sum is reduced, and gathered or left scattered.
+        cut otherwise in an all-to-all. A sum is reduced, and gathered or left scattered. Of several
+        axes of a dimension the minor ones are gathered first, and the major ones scattered first:
+        then there is less for the minor ones.
         """
         cost, moved = 0.0, False
         for role in OPERANDS[self.contraction]:
             has, needs = (_place(axis, x) for x in (given[role], self.sharded(role)))
             if has is not None and has != needs:
                 moved = self.contraction == "wgrad"
-                cost += self._nbytes(role)
+                used = {a for axes in self.sharded(role) for a in axes}
+                cost += self._nbytes(role) / self._devices(set(has[1]) - used)
         result = RESULT[self.contraction]
         wanted, gets = (_place(axis, x) for x in (given[result], self.sharded(result)))
         split: Part | None = next((part for part, axes in self.split.items() if axis in axes), None)
         if split is None:
             work = self.spec.multiply_adds / math.prod(map(self.parts, self.split))
             cost += work / MULTIPLY_ADDS_PER_BYTE
+        elif self.sums(split) and wanted:
+            major = filter(self._sums_over, wanted[1])
+            cost += self._nbytes(result) / self._devices(major)
         elif self.sums(split):
-            cost += self._nbytes(result) * (1 if wanted else 2)
+            cost += 2 * self._nbytes(result)
         elif wanted != gets:
             cost += self._nbytes(result) * (1 if wanted else self.sizes[axis])
         return moved, cost
+
+    def _devices(self, axes: Iterable[str]) -> int:
+        return math.prod(self.sizes[axis] for axis in axes)
 
     def _nbytes(self, role: Role) -> float:
         """Of an array's part on one device."""
