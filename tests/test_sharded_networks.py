@@ -46,7 +46,7 @@ def resnext(x, p, stride: int):
 def convnext(x, p, stride: int):
     y = conv(x, p["depthwise"], stride)
     y = conv(jax.nn.gelu(conv(y, p["wide"])), p["narrow"])
-    return y + (conv(x, p["shortcut"], stride))
+    return y + conv(x, p["shortcut"], stride)
 
 
 def efficientnet(x, p, stride: int):
@@ -166,8 +166,8 @@ class Step:
         return 4 * sum(sizes) // self.devices(self.features)
 
     def dense_bytes(self) -> int:
-        """What the dense convolutions exchange: 2 times the smaller one of input and output of each,
-        for the part of the batch that a device has.
+        """Returns what the dense convolutions exchange: for each one, twice the smaller one of its
+        input and its output, for the part of the batch that a device has.
         """
         total = 0
         jaxpr = jax.make_jaxpr(self.loss)(*self.arguments)
