@@ -39,7 +39,8 @@ def parsed(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
 
 def _with_gradients(lhs: Any, rhs: Any, *args: Any, **kwargs: Any) -> Any:
     """Computes a convolution and its gradients; integers have none."""
-    arguments.array_type("lhs", lhs), arguments.array_type("rhs", rhs)
+    arguments.array_type("lhs", lhs)
+    arguments.array_type("rhs", rhs)
 
     def conv(lhs: Any, rhs: Any) -> jax.Array:
         return grouped_conv(lhs, rhs, *args, **kwargs)
