@@ -236,11 +236,19 @@ def _each_part(
         batch = spec.layout(role)[0]
         return lax.dynamic_update_slice_in_dim(result, _as_bits(computed), start, batch)
 
-    result = jnp.zeros(spec.shape(role), dtype)
+    result = zeros(spec.shape(role), dtype, first)
     if is_sum:
         total = lax.fori_loop(0, batch_size(spec) // size, put, result)
         return total.astype(spec.role_dtype(role))
     return _as_floats(lax.fori_loop(0, batch_size(spec) // size, put, _as_bits(result)), dtype)
+
+
+def zeros(shape: tuple[int, ...], dtype: np.dtype, like: jax.Array) -> jax.Array:
+    """Returns zeros that vary over the mesh axes over which `like` does, inside `shard_map`: a loop
+    keeps the type of what it carries.
+    """
+    varying = jax.typeof(like).mat.varying
+    return lax.pcast(jnp.zeros(shape, dtype), tuple(sorted(varying)), to="varying")
 
 
 def dynamic_slice(x: jax.Array, start: jax.Array | int, size: int, dimension: int) -> jax.Array:

@@ -18,7 +18,9 @@ import numpy as np
 import pytest
 from cases import Case, each_case, named
 from compilation import optimized
+from jax.sharding import PartitionSpec as P
 from jaxprs import convolutions
+from meshes import make_mesh
 
 from benchmarks.memory import CALLS, CONTRACTIONS, DTYPES, Call, Need
 from grouped_conv_jax import grouped_conv, memory, native, selection
@@ -124,6 +126,24 @@ def test_parts_of_the_batch_are_the_whole(case: Case, name, dtype, monkeypatch):
         whole, parts = (np.asarray(x).astype(wide) for x in (whole, parts))
         tolerance = {"bfloat16": 1e-2, "float8_e4m3fn": 0.15}.get(dtype, 1e-5)
         np.testing.assert_allclose(parts, whole, tolerance, tolerance * np.abs(whole).max())
+
+
+@pytest.mark.parametrize("implementation", ["patches", "taps", "dense"])
+def test_parts_inside_shard_map_are_those_of_one_device(implementation, monkeypatch):
+    monkeypatch.setattr(memory, "examples_at_once", lambda *_: 1)
+    mesh = make_mesh(data=2)
+    (case,) = named("NHWC")
+    conv = case.conv(implementation)
+
+    def gradients(x, w):
+        return jax.grad(lambda x, w: jnp.sum(jnp.sin(conv(x, w))), (0, 1))(x, w)
+
+    x, w = (jnp.concatenate([a] * 4) if i == 0 else a for i, a in enumerate(case.random()[:2]))
+    sharded = jax.shard_map(
+        gradients, mesh=mesh, in_specs=(P("data"), P()), out_specs=(P("data"), P())
+    )
+    for found, expected in zip(jax.jit(sharded)(x, w), gradients(x, w), strict=True):
+        np.testing.assert_allclose(found, expected, 1e-4, 1e-4)
 
 
 def test_only_a_cpu_computes_in_parts():

@@ -191,7 +191,7 @@ def _each_group(
     def put(i: jax.Array, result: jax.Array) -> jax.Array:
         return lax.dynamic_update_slice_in_dim(result, step(i), i * one.shape[-1], -1)
 
-    result = jnp.zeros((*one.shape[:-1], steps * one.shape[-1]), one.dtype)
+    result = memory.zeros((*one.shape[:-1], steps * one.shape[-1]), one.dtype, first)
     return lax.fori_loop(0, steps, put, result)
 
 
