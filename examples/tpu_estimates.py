@@ -26,8 +26,8 @@ from alexnet.topology import topology_devices
 from benchmarks.workloads import WORKLOADS, Workload
 from grouped_conv_jax import explain
 from grouped_conv_jax.algorithms import TABLE, dense
-from grouped_conv_jax.explanation import Row
 from grouped_conv_jax.spec import OPERANDS
+from grouped_conv_jax.tuning.explanation import Row
 
 ROOT = Path(__file__).parent.parent
 

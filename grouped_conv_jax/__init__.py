@@ -15,9 +15,6 @@ from grouped_conv_jax.counting import (
     count_multiply_adds,
     count_parameters,
 )
-from grouped_conv_jax.explanation import Explanation, explain
-from grouped_conv_jax.jax_rules import convs_saveable
-from grouped_conv_jax.measuring import tune
 from grouped_conv_jax.operations.conv import grouped_conv
 from grouped_conv_jax.operations.gradients import grouped_conv_input_grad, grouped_conv_kernel_grad
 from grouped_conv_jax.operations.local import grouped_conv_local
@@ -26,7 +23,10 @@ from grouped_conv_jax.operations.patches import grouped_conv_patches
 from grouped_conv_jax.operations.shuffle import channel_shuffle
 from grouped_conv_jax.operations.streaming import streaming_conv, streaming_conv_state
 from grouped_conv_jax.operations.transpose import grouped_conv_transpose
-from grouped_conv_jax.tuning import Tuning
+from grouped_conv_jax.rules import convs_saveable
+from grouped_conv_jax.tuning.context import Tuning
+from grouped_conv_jax.tuning.explanation import Explanation, explain
+from grouped_conv_jax.tuning.tuner import tune
 from grouped_conv_jax.version import __version__
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import jaxprs_in_params
 
-from grouped_conv_jax.contraction import grouped_conv_p
+from grouped_conv_jax.primitive import grouped_conv_p
 
 
 class _Quantity(NamedTuple):

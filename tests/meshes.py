@@ -167,7 +167,7 @@ def in_parts(case: Case, contraction: Contraction, implementation: str) -> bool:
     once.
     """
     alone = make_mesh(data=1), (P(),) * 3
-    return "while(" in compiled(case, contraction, *alone, implementation).as_text()
+    return "while(" in str(compiled(case, contraction, *alone, implementation).as_text())
 
 
 def listed(names) -> tuple[str, ...]:

@@ -9,8 +9,9 @@ import types
 import jax
 import pytest
 
-from grouped_conv_jax import native, processor
-from grouped_conv_jax.devices import DeviceKind
+from grouped_conv_jax import native
+from grouped_conv_jax.algorithms import processor
+from grouped_conv_jax.algorithms.devices import DeviceKind
 
 X86 = "processor\t: {}\nmodel name\t: {}\ncpu family\t: 6\nmodel\t\t: 85\n\n"
 ARM = "processor\t: {}\nCPU implementer\t: 0x41\nCPU variant\t: 0x3\nCPU part\t: {}\n\n"
@@ -126,8 +127,8 @@ def test_without_kernels_the_kind_says_so(monkeypatch):
 
 PROGRAM = """
 import jax, pathlib
-from grouped_conv_jax import processor
-from grouped_conv_jax.devices import DeviceKind
+from grouped_conv_jax.algorithms import processor
+from grouped_conv_jax.algorithms.devices import DeviceKind
 
 jax.block_until_ready(jax.jit(lambda x: x @ x)(jax.numpy.ones((64, 64))))
 tasks = pathlib.Path("/proc/self/task").glob("*/comm")

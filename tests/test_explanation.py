@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 from test_tuning import FOR_VMAP, HERE, made_up
 from test_values import value_and_gradients
 
-from grouped_conv_jax import Explanation, explain, grouped_conv, implementations, selection
-from grouped_conv_jax.algorithms import TABLE, unsupported, xla
+from grouped_conv_jax import Explanation, explain, grouped_conv, implementations
+from grouped_conv_jax.algorithms import TABLE, choice, unsupported, xla
 from grouped_conv_jax.towers import make_mesh
 
 CONTRACTIONS = ("fprop", "dgrad", "wgrad")
@@ -46,14 +46,12 @@ def test_a_convolution_is_explained_in_all_contractions():
     for row in explanation.rows:
         arguments = row.contraction, row.spec, "cpu"
         assert row.reason == unsupported(row.implementation, *arguments)
-        assert row.is_chosen == (row.implementation == selection.choose(*arguments))
+        assert row.is_chosen == (row.implementation == choice.choose(*arguments))
         assert row.device == HERE
         assert not row.is_asked_for
         assert row.measured_seconds is None
         if row.expected_seconds is not None:
-            assert row.expected_seconds == selection.expected_seconds(
-                row.implementation, *arguments
-            )
+            assert row.expected_seconds == choice.expected_seconds(row.implementation, *arguments)
         assert row.flops == 2 * 2 * 4 * 6 * 6 * 3 * 2 * 2
         assert row.nbytes == 4 * (X.size + W.size + Y.size)
         assert row.description == "2x7x6x4 -> 2x4x6x6, 3x2, 2 groups of 2->3, stride 2x1, float32"
@@ -199,7 +197,7 @@ def test_a_tuning_is_shown_with_its_choice():
 
 
 def test_the_tables(monkeypatch):
-    monkeypatch.setattr(selection, "expected_seconds", lambda name, *_: 1e-4 * len(name))
+    monkeypatch.setattr(choice, "expected_seconds", lambda name, *_: 1e-4 * len(name))
     tuning = made_up(CONV, X, W, times=FOR_VMAP)
 
     def twice(x, w):

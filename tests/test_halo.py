@@ -9,7 +9,7 @@ import pytest
 from cases import random
 from jax import lax
 
-from grouped_conv_jax.halo import Halo
+from grouped_conv_jax.partitioning.halo import Halo
 from grouped_conv_jax.spec import ConvSpec
 
 GEOMETRIES = [

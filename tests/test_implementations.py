@@ -14,8 +14,8 @@ from jaxprs import convolutions
 from test_values import value_and_gradients
 
 import grouped_conv_jax
-from grouped_conv_jax import implementations, native, selection
-from grouped_conv_jax.algorithms import TABLE, unsupported, xla
+from grouped_conv_jax import implementations, native
+from grouped_conv_jax.algorithms import TABLE, choice, unsupported, xla
 
 CONTRACTIONS = ("fprop", "dgrad", "wgrad")
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -66,7 +66,7 @@ def test_the_automatic_choice_is_made_for_each_contraction():
     text = value_and_gradients(case.conv()).lower(*operands).as_text(debug_info=True)
     (equation,) = convolutions(case.conv(), x, w)
     for contraction in CONTRACTIONS:
-        chosen = selection.choose(contraction, equation.params["spec"], "cpu")
+        chosen = choice.choose(contraction, equation.params["spec"], "cpu")
         for name in implementations():
             assert (f"grouped_conv.{contraction}.{name}" in text) == (name == chosen)
 
@@ -91,7 +91,7 @@ def test_the_automatic_choice_supports_what_it_is_chosen_for(case):
     spec = equation.params["spec"]
     for platform in PLATFORMS:
         for contraction in CONTRACTIONS:
-            name = selection.resolve(None, contraction, spec, platform)
+            name = choice.resolve(None, contraction, spec, platform)
             assert unsupported(name, contraction, spec, platform) is None
 
 

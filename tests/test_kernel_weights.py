@@ -14,7 +14,6 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from grouped_conv_jax import weights
-from grouped_conv_jax.kernel_layouts import NAMED
 from grouped_conv_jax.weights import (
     convert_kernel,
     densify,
@@ -22,6 +21,7 @@ from grouped_conv_jax.weights import (
     regroup,
     split_groups,
 )
+from grouped_conv_jax.weights.layouts import NAMED
 
 # Written out for two spatial dimensions, as the libraries document them.
 TRANSPOSED = "transposed "

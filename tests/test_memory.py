@@ -23,8 +23,8 @@ from jaxprs import convolutions
 from meshes import make_mesh
 
 from benchmarks.memory import CALLS, CONTRACTIONS, DTYPES, Call, Need
-from grouped_conv_jax import grouped_conv, memory, native, selection
-from grouped_conv_jax.algorithms import TABLE, dense, patches, taps, unsupported
+from grouped_conv_jax import grouped_conv, native
+from grouped_conv_jax.algorithms import TABLE, choice, dense, memory, patches, taps, unsupported
 from grouped_conv_jax.spec import OPERANDS, ConvSpec
 
 FEW = ("depthwise_x4", "regnetx_w24")
@@ -179,9 +179,9 @@ def test_the_choice_heeds_the_estimates(dtype, contraction, monkeypatch):
     monkeypatch.setattr(native, "missing", lambda: "there are none")
     for call in CALLS.values():
         spec = spec_of(call, dtype)
-        chosen = selection.choose(contraction, spec, "cpu")
-        stored = selection.temporary_bytes(chosen, contraction, spec)
-        lax_stores = selection.temporary_bytes("xla", contraction, spec)
+        chosen = choice.choose(contraction, spec, "cpu")
+        stored = choice.temporary_bytes(chosen, contraction, spec)
+        lax_stores = choice.temporary_bytes("xla", contraction, spec)
         assert stored <= max(memory.limit(contraction, spec), lax_stores)
 
 
@@ -192,7 +192,7 @@ def test_estimates_are_upper_bounds(module, dtype, tmp_path):
     """Of the whole batch; `check` has the same of its parts."""
     code = """if True:
         import json, sys, jax
-        from grouped_conv_jax import memory
+        from grouped_conv_jax.algorithms import memory
         memory.examples_at_once = lambda estimate, contraction, spec: memory.batch_size(spec)
         from benchmarks.memory import CALLS, _arrays, _ours, temporary_bytes
         from benchmarks.workloads import USED

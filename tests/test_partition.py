@@ -34,7 +34,7 @@ from meshes import (
 from test_values import assert_matches_the_oracle, value_and_gradients
 
 from grouped_conv_jax.collectives import Collective, collectives
-from grouped_conv_jax.plan import choose
+from grouped_conv_jax.partitioning.plan import choose
 from grouped_conv_jax.spec import ConvSpec
 
 

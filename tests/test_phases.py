@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grouped_conv_jax.phases import Dimension, each_phase, each_read, interleave, padded
+from grouped_conv_jax.algorithms.phases import Dimension, each_phase, each_read, interleave, padded
 
 DIMENSIONS = [
     Dimension(operand, results, taps, stride, dilation, gaps, low)

@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from meshes import listed, make_mesh, random_spec
 
-from grouped_conv_jax.resharding import Dimensions, divides_evenly, steps
+from grouped_conv_jax.partitioning.resharding import Dimensions, divides_evenly, steps
 
 SIZES = {"a": 2, "b": 2, "c": 2}
 

@@ -16,7 +16,7 @@ from test_alexnet import TINY
 from grouped_conv_jax.collectives import collectives
 from grouped_conv_jax.linen import GroupedConv
 from grouped_conv_jax.models import AlexNet
-from grouped_conv_jax.pmapping import Pmap
+from grouped_conv_jax.parallel.pmap import Pmap
 from grouped_conv_jax.towers import DATA, GROUP, PLACEMENTS, Placement, TowerNet, make_mesh
 
 IMAGES = random("images", (4, 32, 32, 3), np.float32)

@@ -328,7 +328,7 @@ def test_a_placement_report_of_a_program_for_a_topology():
 
 
 def test_lax_sums_the_kernel_gradient_over_unused_axes():
-    """If this fails, XLA no longer has the fault, and `xla_partition` can be simpler."""
+    """If this fails, XLA no longer has the fault, and `xla_partitioner` can be simpler."""
     case = convolution(2, FEATURES, 1)
     mesh = make_mesh({"data": 2, "unused": 2})
     gradient = contraction_by(case.lax_conv(), "wgrad")

@@ -20,13 +20,15 @@ from jax.sharding import PartitionSpec as P
 from jaxprs import convolutions
 from test_values import value_and_gradients
 
-from grouped_conv_jax import Tuning, measuring, processor, selection, tune
-from grouped_conv_jax.algorithms import TABLE, unsupported, xla
-from grouped_conv_jax.devices import DeviceKind
-from grouped_conv_jax.measurement import Measurement, Subject, spec_key
-from grouped_conv_jax.occurrences import occurrences
+from grouped_conv_jax import Tuning, tune
+from grouped_conv_jax.algorithms import TABLE, choice, processor, unsupported, xla
+from grouped_conv_jax.algorithms.devices import DeviceKind
+from grouped_conv_jax.algorithms.ranking import Subject, spec_key
 from grouped_conv_jax.spec import ConvSpec
 from grouped_conv_jax.towers import make_mesh
+from grouped_conv_jax.tuning import tuner
+from grouped_conv_jax.tuning.measurement import Measurement
+from grouped_conv_jax.tuning.occurrences import occurrences
 
 CONTRACTIONS = ("fprop", "dgrad", "wgrad")
 HERE = DeviceKind.of(jax.devices("cpu")[0])
@@ -55,7 +57,7 @@ def lowered(function: Callable, *args: Any) -> set[tuple[str, str]]:
 
 def automatic(function: Callable, *args: Any) -> set[tuple[str, str]]:
     found = occurrences(function, args, {})
-    return {(o.contraction, selection.choose(o.contraction, o.spec, "cpu")) for o in found}
+    return {(o.contraction, choice.choose(o.contraction, o.spec, "cpu")) for o in found}
 
 
 def counted(specs: list[ConvSpec]) -> types.ModuleType:
@@ -149,12 +151,12 @@ def test_what_is_hopelessly_slow_runs_once_only():
 
     runs = {name: run(name) for name in ("fast", "slow", "hopeless")}
     first = {"fast": 1e-2, "slow": 1e-1, "hopeless": 1.0, "failed": None}
-    medians = measuring._medians(runs, first, repeats=3)
+    medians = tuner._medians(runs, first, repeats=3)
     assert set(medians) == {"fast", "slow"}
     assert ran == ["fast", "slow"] * 3
-    assert measuring._first_time(lambda: time.sleep(1e-3), None) < 0.1
+    assert tuner._first_time(lambda: time.sleep(1e-3), None) < 0.1
     naps = []
-    measuring._first_time(lambda: naps.append(time.sleep(0.51)), 1e-3)
+    tuner._first_time(lambda: naps.append(time.sleep(0.51)), 1e-3)
     assert len(naps) == 1
 
 
@@ -162,7 +164,7 @@ def test_what_is_hopelessly_slow_runs_once_only():
 @pytest.mark.usefixtures("x64")
 def test_the_data_have_the_dtype(dtype):
     (o,) = occurrences(CONV, (X.astype(dtype), W.astype(dtype)), {})
-    data = measuring._random(o.spec, "lhs", jax.devices()[0])
+    data = tuner._random(o.spec, "lhs", jax.devices()[0])
     assert data.dtype == dtype
     assert data.shape == X.shape
     assert len(np.unique(np.asarray(data))) > 5
@@ -173,7 +175,7 @@ def test_64_bits_are_measured_as_such(monkeypatch):
     monkeypatch.setitem(TABLE, "counted", counted(specs))
     with jax.enable_x64(True):
         (o,) = occurrences(CONV, (X.astype(np.float64), W.astype(np.float64)), {})
-    measuring._measure(HERE, "fprop", o.spec, 1)
+    tuner._measure(HERE, "fprop", o.spec, 1)
     assert specs == [o.spec]
 
 

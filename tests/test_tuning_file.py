@@ -12,7 +12,7 @@ from test_tuning import CONV, FOR_VMAP, HERE, W, X, Y, automatic, lowered, made_
 from test_values import value_and_gradients
 
 from grouped_conv_jax import Tuning
-from grouped_conv_jax.devices import DeviceKind
+from grouped_conv_jax.algorithms.devices import DeviceKind
 
 
 @pytest.fixture
@@ -164,8 +164,9 @@ def test_a_cpu_that_the_file_does_not_name_is_another_device(tuning, tmp_path):
 PROGRAM = """
 import sys
 from grouped_conv_jax import Tuning
-from grouped_conv_jax.devices import DeviceKind
-from grouped_conv_jax.measurement import Measurement, Subject
+from grouped_conv_jax.algorithms.devices import DeviceKind
+from grouped_conv_jax.algorithms.ranking import Subject
+from grouped_conv_jax.tuning.measurement import Measurement
 
 path, platform, kind, who = sys.argv[1:]
 print("ready", flush=True)

@@ -1,7 +1,7 @@
 """Contractions that XLA's own partitioner divides, as on a TPU: the values, on meshes of CPUs.
 
 A TPU's compiler has the same partitioner, and no TPU is needed to see whether it divides rightly
-what `xla_partition` gives it.
+what `xla_partitioner` gives it.
 """
 
 from typing import Any
@@ -29,8 +29,8 @@ from meshes import (
 from test_partition import TRANSFORMED
 from test_values import value_and_gradients
 
-from grouped_conv_jax import partition
 from grouped_conv_jax.collectives import collectives
+from grouped_conv_jax.partitioning import partition
 
 MESHES = [
     {"data": 2, "group": 2},

@@ -19,7 +19,7 @@ from alexnet.errors import UsageError
 from alexnet.pipeline import Batch
 from alexnet.state import Evaluation, Metrics, TrainState
 from grouped_conv_jax.models import AlexNet, AlexNetConfig
-from grouped_conv_jax.pmapping import Pmap
+from grouped_conv_jax.parallel.pmap import Pmap
 from grouped_conv_jax.towers import DATA, Placement, TowerNet
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import grouped_conv_jax
 from benchmarks import pytorch
 from benchmarks.measure import interleaved
-from grouped_conv_jax import processor
+from grouped_conv_jax.algorithms import processor
 
 SIZES = {"cpu": (2048, 2**27), "accelerator": (8192, 2**28)}
 """Rows of the matrices that are multiplied, and elements of the array that is written."""

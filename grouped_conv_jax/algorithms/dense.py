@@ -19,8 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from grouped_conv_jax import costs, memory
-from grouped_conv_jax.algorithms import xla
+from grouped_conv_jax.algorithms import costs, memory, xla
 from grouped_conv_jax.spec import RESULT, Contraction, ConvSpec
 
 UNROLLED = 8

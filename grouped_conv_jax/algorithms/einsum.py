@@ -4,7 +4,7 @@ For each tap the operand is sliced where the tap reads it, and the slices are mu
 weights of that tap. The output and the input gradient are sums of those products over the taps; in
 the kernel gradient each product is the gradient of one tap.
 
-XLA's partitioner divides these correctly where it miscomputes convolutions (see `xla_partition`).
+XLA's partitioner divides these correctly where it miscomputes convolutions (see `xla_partitioner`).
 On one device they are seldom the fastest.
 """
 
@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from grouped_conv_jax import costs, memory
-from grouped_conv_jax.phases import (
+from grouped_conv_jax.algorithms import costs, memory
+from grouped_conv_jax.algorithms.phases import (
     Dimension,
     dimensions,
     each_phase,

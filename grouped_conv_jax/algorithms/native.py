@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grouped_conv_jax import costs, native
-from grouped_conv_jax.phases import Dimension, dimensions
+from grouped_conv_jax import native
+from grouped_conv_jax.algorithms import costs
+from grouped_conv_jax.algorithms.phases import Dimension, dimensions
 from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec, Role
 
 CONVOLVES_BY_XLA = False

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from grouped_conv_jax import costs, memory
-from grouped_conv_jax.phases import (
+from grouped_conv_jax.algorithms import costs, memory
+from grouped_conv_jax.algorithms.phases import (
     Dimension,
     Read,
     dimensions,

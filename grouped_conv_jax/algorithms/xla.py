@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.lax import conv_general_dilated  # By name, so that a program may replace it in jax.lax.
 
-from grouped_conv_jax import costs, memory
+from grouped_conv_jax.algorithms import costs, memory
 from grouped_conv_jax.spec import RESULT, Contraction, ConvSpec
 
 

@@ -12,6 +12,7 @@ from grouped_conv_jax.layers.calling import Call
 from grouped_conv_jax.layers.window import Window
 from grouped_conv_jax.operations import arguments
 from grouped_conv_jax.operations.conv import grouped_conv
+from grouped_conv_jax.text import shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ def sizes(**features: Any) -> tuple[int, ...]:
 def check_elements(what: str, shape: Sequence[int]) -> None:
     """Raises ValueError if no memory has room for an array: making it would end the process."""
     if math.prod(shape) >= 2**48:
-        raise ValueError(f"{what} would have the shape {arguments.shown(tuple(shape))}; take less")
+        raise ValueError(f"{what} would have the shape {shown(tuple(shape))}; take less")
 
 
 def check_features(in_features: int, out_features: int, feature_group_count: Any) -> int:

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from grouped_conv_jax.models.alexnet_config import AlexNetConfig
-from grouped_conv_jax.placement import Exchange
-from grouped_conv_jax.towers import DATA, GROUP
+from grouped_conv_jax.parallel.placement import Exchange
+from grouped_conv_jax.parallel.towers import DATA, GROUP
 
 
 def alexnet_exchanges(

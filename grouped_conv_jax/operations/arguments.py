@@ -20,6 +20,7 @@ from jax.lax import conv_general_dilated  # By name, so that a program may repla
 from jax.sharding import AbstractMesh
 
 from grouped_conv_jax.spec import ConvSpec, Role
+from grouped_conv_jax.text import shown
 
 LARGEST = 2**31 - 1
 """The largest step, and the largest dimension of a result that is larger than its operand's."""
@@ -59,15 +60,6 @@ def group_count(name: str, value: Any) -> int:
     if count < 1:
         raise ValueError(f"{name} must be at least 1, got {shown(count)}")
     return count
-
-
-def shown(value: Any) -> str:
-    """What a message says of a value: how it is written, if it can be, and not all of it."""
-    try:
-        text = repr(value)
-    except Exception:  # Of lists in lists in lists ..., for one, and of integers of 5,000 digits.
-        return object.__repr__(value)
-    return text if len(text) <= 500 else f"{text[:500]} ..."
 
 
 def flag(name: str, value: Any) -> bool:

@@ -9,11 +9,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from grouped_conv_jax.algorithms import check_name
-from grouped_conv_jax.contraction import contract
-from grouped_conv_jax.explicit import sharding_of_result
 from grouped_conv_jax.operations import arguments
 from grouped_conv_jax.operations.forward import forward
 from grouped_conv_jax.operations.padding import PaddingLike
+from grouped_conv_jax.partitioning.explicit_mesh import sharding_of_result
+from grouped_conv_jax.primitive import contract
 
 
 @arguments.keeps_64_bits

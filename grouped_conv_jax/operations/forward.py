@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from grouped_conv_jax.explicit import untyped
 from grouped_conv_jax.operations import arguments
 from grouped_conv_jax.operations.padding import Extension, resolved
+from grouped_conv_jax.partitioning.explicit_mesh import untyped
 from grouped_conv_jax.spec import ConvSpec, Role
 
 

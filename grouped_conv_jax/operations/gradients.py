@@ -10,11 +10,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from grouped_conv_jax.algorithms import check_name
-from grouped_conv_jax.contraction import contract
-from grouped_conv_jax.explicit import canonical, has_explicit_axes, mesh_of, sharding_of_result
 from grouped_conv_jax.operations import arguments
 from grouped_conv_jax.operations.forward import Forward, forward
 from grouped_conv_jax.operations.padding import PaddingLike
+from grouped_conv_jax.partitioning.explicit_mesh import (
+    canonical,
+    has_explicit_axes,
+    mesh_of,
+    sharding_of_result,
+)
+from grouped_conv_jax.primitive import contract
 
 
 @arguments.keeps_64_bits

@@ -13,11 +13,11 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from grouped_conv_jax.explicit import sharding_of_result, untyped
 from grouped_conv_jax.operations import arguments
 from grouped_conv_jax.operations.forward import Forward, forward
 from grouped_conv_jax.operations.padding import PaddingLike
 from grouped_conv_jax.operations.patches import extract, kernel_type
+from grouped_conv_jax.partitioning.explicit_mesh import sharding_of_result, untyped
 from grouped_conv_jax.spec import ConvSpec
 
 

@@ -14,13 +14,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from grouped_conv_jax.algorithms import check_name
-from grouped_conv_jax.explicit import sharding_of_result, untyped
 from grouped_conv_jax.operations import arguments
 from grouped_conv_jax.operations.conv import grouped_conv
 from grouped_conv_jax.operations.forward import forward
 from grouped_conv_jax.operations.padding import Geometry, Pad, PaddingLike, pads
 from grouped_conv_jax.operations.per_part import dilations, listed, paddings
+from grouped_conv_jax.partitioning.explicit_mesh import sharding_of_result, untyped
 from grouped_conv_jax.spec import ConvSpec
+from grouped_conv_jax.text import shown
 
 
 @arguments.keeps_64_bits
@@ -204,9 +205,7 @@ def _part_sizes(group_sizes: Any, parts: int, features: int) -> list[int]:
             )
         group_sizes = [features // parts] * parts
     if not isinstance(group_sizes, Iterable) or isinstance(group_sizes, str):
-        raise TypeError(
-            f"group_sizes must be a sequence of integers, got {arguments.shown(group_sizes)}"
-        )
+        raise TypeError(f"group_sizes must be a sequence of integers, got {shown(group_sizes)}")
     sizes = [arguments.group_count("group_sizes", size) for size in group_sizes]
     if len(sizes) != parts:
         raise ValueError(

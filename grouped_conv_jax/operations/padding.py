@@ -15,8 +15,9 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from grouped_conv_jax.explicit import untyped
-from grouped_conv_jax.operations.arguments import LARGEST, integer, shown
+from grouped_conv_jax.operations.arguments import LARGEST, integer
+from grouped_conv_jax.partitioning.explicit_mesh import untyped
+from grouped_conv_jax.text import shown
 
 PaddingLike = str | Sequence[Any]
 """A string for all spatial dimensions, or for each of them a pair (low, high), a string, or a mode

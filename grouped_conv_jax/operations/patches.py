@@ -15,10 +15,10 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from grouped_conv_jax.explicit import sharding_of_result, untyped
 from grouped_conv_jax.operations import arguments
 from grouped_conv_jax.operations.forward import forward
 from grouped_conv_jax.operations.padding import PaddingLike
+from grouped_conv_jax.partitioning.explicit_mesh import sharding_of_result, untyped
 from grouped_conv_jax.spec import ConvSpec
 
 MOST_SLICES = 256

@@ -8,6 +8,7 @@ import numpy as np
 
 from grouped_conv_jax.operations import arguments
 from grouped_conv_jax.operations.padding import MODES
+from grouped_conv_jax.text import shown
 
 
 def listed(value: Any, depth: int = 4) -> Any:
@@ -59,7 +60,7 @@ def paddings(padding: Any, parts: int, rank: int) -> list[Any]:
         raise ValueError(
             f"padding must have an entry for each of {rank} spatial dimensions, or for each of the "
             f"{parts} kernels of rhs a list of them, as {[['SAME'] * rank] * parts}; got "
-            f"{len(padding)}: {arguments.shown(padding)}"
+            f"{len(padding)}: {shown(padding)}"
         )
     return [padding] * parts
 
@@ -87,5 +88,5 @@ def _check_count(name: str, value: Any, parts: int) -> None:
     if len(value) != parts:
         raise ValueError(
             f"{name} must be given once, or for each of the {parts} kernels of rhs; got it for "
-            f"{len(value)}: {arguments.shown(value)}"
+            f"{len(value)}: {shown(value)}"
         )

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from grouped_conv_jax.explicit import untyped
 from grouped_conv_jax.operations import arguments
+from grouped_conv_jax.partitioning.explicit_mesh import untyped
+from grouped_conv_jax.text import shown
 
 
 def channel_shuffle(x: ArrayLike, feature_group_count: int, axis: int = -1) -> jax.Array:
@@ -59,7 +60,7 @@ def _axis(axis: Any, ndim: int) -> int:
     try:
         index = operator.index(axis)
     except TypeError:
-        raise TypeError(f"axis must be an integer, got {arguments.shown(axis)}") from None
+        raise TypeError(f"axis must be an integer, got {shown(axis)}") from None
     if not -ndim <= index < ndim:
         raise ValueError(f"axis={index} is none of x, which has {ndim} dimensions")
     return index % ndim

@@ -13,10 +13,16 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from grouped_conv_jax.explicit import has_explicit_axes, mesh_of, sharding_of_result, untyped
 from grouped_conv_jax.operations import arguments
 from grouped_conv_jax.operations.conv import grouped_conv
 from grouped_conv_jax.operations.forward import forward
+from grouped_conv_jax.partitioning.explicit_mesh import (
+    has_explicit_axes,
+    mesh_of,
+    sharding_of_result,
+    untyped,
+)
+from grouped_conv_jax.text import shown
 
 CHANNELS_LAST = ("NWC", "WIO", "NWC")
 
@@ -171,9 +177,7 @@ def streaming_conv_state(
     try:
         element_type = kernel.dtype if dtype is None else jnp.dtype(dtype)
     except Exception:  # NumPy raises whatever comes of reading a string as a dtype.
-        raise TypeError(
-            f"dtype must be one such as jnp.float32, got {arguments.shown(dtype)}"
-        ) from None
+        raise TypeError(f"dtype must be one such as jnp.float32, got {shown(dtype)}") from None
     arguments.check_bytes("the state", shape, element_type)
     return jnp.zeros(shape, element_type)
 

@@ -11,11 +11,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from grouped_conv_jax.algorithms import check_name
-from grouped_conv_jax.contraction import contract
-from grouped_conv_jax.explicit import sharding_of_result, untyped
 from grouped_conv_jax.incidence import extent, out_size
 from grouped_conv_jax.operations import arguments
 from grouped_conv_jax.operations.padding import TRANSPOSED, Geometry, PaddingLike, extension, pads
+from grouped_conv_jax.partitioning.explicit_mesh import sharding_of_result, untyped
+from grouped_conv_jax.primitive import contract
 from grouped_conv_jax.spec import ConvSpec
 
 LAYOUTS = {

@@ -14,13 +14,13 @@ from jax.core import Tracer
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import AbstractMesh, AxisType, Mesh, Sharding
 
-from grouped_conv_jax import calls
-from grouped_conv_jax.calls import Call
-from grouped_conv_jax.contraction import grouped_conv_p
-from grouped_conv_jax.devices import DeviceKind, check_one_platform
+from grouped_conv_jax.algorithms.devices import DeviceKind, check_one_platform
+from grouped_conv_jax.algorithms.ranking import Choices
+from grouped_conv_jax.algorithms.recording import Equation, Watch, watching
+from grouped_conv_jax.primitive import grouped_conv_p
 from grouped_conv_jax.spec import Contraction, ConvSpec
-from grouped_conv_jax.tuning import Choices
-from grouped_conv_jax.watching import Equation, Watch, watching
+from grouped_conv_jax.tuning import calls
+from grouped_conv_jax.tuning.calls import Call
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,15 +1,14 @@
 """Which implementation computes a contraction, for the platform and the shapes at hand."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
-from jax.sharding import Mesh
 
-from grouped_conv_jax import memory, xla_partition
-from grouped_conv_jax.algorithms import TABLE, dense, unsupported
-from grouped_conv_jax.devices import DeviceKind
+from grouped_conv_jax.algorithms import TABLE, dense, memory, unsupported
+from grouped_conv_jax.algorithms.devices import DeviceKind
+from grouped_conv_jax.algorithms.ranking import Choices
 from grouped_conv_jax.spec import Contraction, ConvSpec
-from grouped_conv_jax.tuning import Choices
 
 TPU_LANES = 128
 """Elements of the last dimension that a TPU's register holds."""
@@ -139,7 +138,6 @@ def resolve(
     choices: Choices | None = None,
     device: DeviceKind | None = None,
     is_export: bool = False,
-    divided_over: Mesh | None = None,
 ) -> str:
     """Returns the name of the implementation to run: the one asked for, the one that is the fastest
     of those measured on such a device, or the automatic choice.
@@ -147,30 +145,39 @@ def resolve(
     Args:
       implementation: the one asked for, or None.
       contraction: what is computed.
-      spec: the convolution as large as one device computes it, or the whole one if XLA divides it.
+      spec: the convolution as large as one device computes it.
       platform: the platform that it runs on.
       choices: the measured ones, or None.
       device: the kind of the device, or None if it is not known.
       is_export: whether the program must run without this package.
-      divided_over: the mesh that XLA divides the whole convolution over by itself, if it does.
 
     Raises:
       NotImplementedError: the implementation that was asked for does not do this.
     """
-    if implementation is None and divided_over is not None:
-        return xla_partition.choose(contraction, spec, divided_over)
-    if implementation is None:
-        fastest = None
-        if choices is not None:
-            fastest = choices.fastest(contraction, spec, device, is_export)
-        return fastest or choose(contraction, spec, platform, is_export)
+    if implementation is not None:
+        return required(
+            implementation,
+            contraction,
+            platform,
+            lambda name: unsupported(name, contraction, spec, platform, is_export),
+        )
+    fastest = None
+    if choices is not None:
+        fastest = choices.fastest(contraction, spec, device, is_export)
+    return fastest or choose(contraction, spec, platform, is_export)
 
-    def reason_against(name: str) -> str | None:
-        reason = unsupported(name, contraction, spec, platform, is_export)
-        if reason is None and divided_over is not None:
-            reason = xla_partition.miscomputed(name, contraction, spec, divided_over)
-        return reason
 
+def required(
+    implementation: str,
+    contraction: Contraction,
+    platform: str,
+    reason_against: Callable[[str], str | None],
+) -> str:
+    """Returns the implementation that was asked for.
+
+    Raises:
+      NotImplementedError: there is a reason against it; the message names those without.
+    """
     if reason := reason_against(implementation):
         others = [name for name in TABLE if reason_against(name) is None]
         raise NotImplementedError(

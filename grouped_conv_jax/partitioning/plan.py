@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from grouped_conv_jax.halo import Halo
-from grouped_conv_jax.resharding import Axes, Dimensions, Step, divides_evenly, steps
+from grouped_conv_jax.partitioning.halo import Halo
+from grouped_conv_jax.partitioning.resharding import Axes, Dimensions, Step, divides_evenly, steps
 from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec, MappedAxis, Part, Role
 
 MULTIPLY_ADDS_PER_BYTE = 200

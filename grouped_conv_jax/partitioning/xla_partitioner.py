@@ -28,8 +28,8 @@ import jax
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from grouped_conv_jax.algorithms import unsupported
-from grouped_conv_jax.halo import Halo
+from grouped_conv_jax.algorithms import choice, unsupported
+from grouped_conv_jax.partitioning.halo import Halo
 from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec, Role
 
 FEW_TAPS = 128
@@ -37,6 +37,29 @@ FEW_TAPS = 128
 
 Algorithm = Callable[[jax.Array, jax.Array, ConvSpec], jax.Array]
 """One contraction by one implementation, as in `algorithms`."""
+
+
+def resolve(
+    implementation: str | None,
+    contraction: Contraction,
+    spec: ConvSpec,
+    mesh: Mesh,
+    platform: str,
+    is_export: bool = False,
+) -> str:
+    """Returns the implementation that was asked for, or `choose`s one.
+
+    Raises:
+      NotImplementedError: the implementation that was asked for does not do this.
+    """
+    if implementation is None:
+        return choose(contraction, spec, mesh)
+
+    def reason_against(name: str) -> str | None:
+        reason = unsupported(name, contraction, spec, platform, is_export)
+        return reason or miscomputed(name, contraction, spec, mesh)
+
+    return choice.required(implementation, contraction, platform, reason_against)
 
 
 def choose(contraction: Contraction, spec: ConvSpec, mesh: Mesh) -> str:

@@ -28,7 +28,7 @@ from jax.experimental.roofline import RooflineResult, RooflineRuleContext, regis
 from jax.extend.core import Primitive
 from jax.extend.core.primitives import conv_general_dilated_p
 
-from grouped_conv_jax.contraction import grouped_conv_p
+from grouped_conv_jax.primitive import grouped_conv_p
 from grouped_conv_jax.spec import ConvSpec
 
 

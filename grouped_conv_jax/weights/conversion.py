@@ -4,7 +4,7 @@ Nothing is computed, values are only moved, and zeros put between them. A kernel
 and then so is the result (a checkpoint is converted without a device), or a jax array, traced or
 not, of any dtype and any number of spatial dimensions.
 
-Layouts are strings ("HWIO", "torch", "transposed OIHW"), which `kernel_layouts` explains.
+Layouts are strings ("HWIO", "torch", "transposed OIHW"), which `layouts` explains.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,11 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grouped_conv_jax.explicit import untyped
-from grouped_conv_jax.kernel_layouts import KernelLayout, parsed_layout, spatial_letters
 from grouped_conv_jax.operations import arguments
-
-__all__ = ["convert_kernel", "densify", "merge_groups", "regroup", "split_groups"]
+from grouped_conv_jax.partitioning.explicit_mesh import untyped
+from grouped_conv_jax.weights.layouts import KernelLayout, parsed_layout, spatial_letters
 
 
 def convert_kernel(
@@ -35,7 +33,7 @@ def convert_kernel(
     Args:
       kernel: NumPy or jax array, in the layout `source`.
       source: the layout that it has: letters ("HWIO", "GOIHW", "transposed OI...") or a name
-        ("torch", "keras_depthwise"), as `grouped_conv_jax.kernel_layouts` explains them.
+        ("torch", "keras_depthwise"), as `grouped_conv_jax.weights.layouts` explains them.
       target: the layout to convert to, with the same spatial letters.
       feature_group_count: G. May be left out if `source` has an axis G, or if the axes are only
         put into another order.
@@ -317,7 +315,3 @@ def _array(name: str, value: Any) -> tuple[Any, Any]:
 def _contiguous(xp: Any, array: Any) -> Any:
     """A view of NumPy's as an array of its own: files are written from memory as it lies."""
     return np.ascontiguousarray(array) if xp is np else array
-
-
-def __dir__() -> list[str]:
-    return __all__

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from grouped_conv_jax import costs
-from grouped_conv_jax.phases import dimensions, padding
+from grouped_conv_jax.algorithms import costs
+from grouped_conv_jax.algorithms.phases import dimensions, padding
 from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec, Role
 
 MOST_ARRAYS = 3

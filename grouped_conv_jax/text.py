@@ -1,6 +1,7 @@
-"""Tables in plain text."""
+"""Values in error messages, and tables."""
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 
 def aligned(table: Sequence[Sequence[str]], numbers: Collection[str] = ()) -> list[str]:
@@ -14,3 +15,12 @@ def aligned(table: Sequence[Sequence[str]], numbers: Collection[str] = ()) -> li
         ).rstrip()
         for line in table
     ]
+
+
+def shown(value: Any) -> str:
+    """Returns the `repr` of a value for a message, cut after 500 characters."""
+    try:
+        text = repr(value)
+    except Exception:  # Of lists in lists in lists ..., for one, and of integers of 5,000 digits.
+        return object.__repr__(value)
+    return text if len(text) <= 500 else f"{text[:500]} ..."

@@ -21,9 +21,10 @@ import jax
 from jaxlib import version as jaxlib
 
 from grouped_conv_jax.algorithms import TABLE
-from grouped_conv_jax.devices import DeviceKind
-from grouped_conv_jax.measurement import Measurement, Subject
+from grouped_conv_jax.algorithms.devices import DeviceKind
+from grouped_conv_jax.algorithms.ranking import Subject
 from grouped_conv_jax.spec import Contraction
+from grouped_conv_jax.tuning.measurement import Measurement
 from grouped_conv_jax.version import __version__
 
 FORMAT, VERSION = "grouped_conv_jax tuning", 1

@@ -10,8 +10,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, auto_axes
 
-from grouped_conv_jax.operations import arguments
 from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec, Role
+from grouped_conv_jax.text import shown
 
 Axes = tuple[str, ...]
 
@@ -94,7 +94,7 @@ def canonical(out_sharding: Any, shape: Sequence[Any], mesh: AbstractMesh) -> Na
     if not isinstance(out_sharding, NamedSharding | PartitionSpec):
         raise TypeError(
             "out_sharding must be a jax.P(...) or a jax.sharding.NamedSharding, got "
-            f"{arguments.shown(out_sharding)}"
+            f"{shown(out_sharding)}"
         )
     spec = out_sharding if isinstance(out_sharding, PartitionSpec) else out_sharding.spec
     if len(spec) > len(shape):

@@ -1,14 +1,8 @@
-"""What was measured, as a context in which the fastest implementations are chosen: `Tuning`.
-
-The context is one of JAX's own, so that compiled functions notice it. What is bound in it carries
-the ranking (`Choices`) along, through transformations, to where the choice is made.
-"""
+"""Measured times as a context in which the fastest implementations are chosen: `Tuning`."""
 
 import dataclasses
 import functools
-import hashlib
 import itertools
-import math
 import os
 import threading
 import warnings
@@ -16,64 +10,13 @@ from collections.abc import Mapping, Sequence
 
 import jax
 
-from grouped_conv_jax import tuning_file
-from grouped_conv_jax.algorithms import TABLE, unsupported
-from grouped_conv_jax.devices import DeviceKind
-from grouped_conv_jax.measurement import Measurement, Subject, spec_key
+from grouped_conv_jax.algorithms import TABLE, ranking
+from grouped_conv_jax.algorithms.devices import DeviceKind
+from grouped_conv_jax.algorithms.ranking import Choices, Subject, digest, spec_key
 from grouped_conv_jax.spec import Contraction, ConvSpec
-from grouped_conv_jax.table import aligned
-
-
-def runs_unasked(name: str, contraction: Contraction, spec: ConvSpec) -> bool:
-    """Whether an implementation may be chosen, however fast it is: if it says what it is expected
-    to take, and that is not infinite.
-    """
-    module = TABLE[name]
-    return hasattr(module, "seconds") and math.isfinite(module.seconds(contraction, spec))
-
-
-@dataclasses.dataclass(frozen=True, repr=False)
-class Choices:
-    """Which implementations are the fastest: what the compiled program depends on.
-
-    Those that took part in a measurement, in order, for each subject.
-    """
-
-    ranking: tuple[tuple[Subject, tuple[str, ...]], ...]
-
-    def fastest(
-        self,
-        contraction: Contraction,
-        spec: ConvSpec,
-        device: DeviceKind | None,
-        is_export: bool = False,
-    ) -> str | None:
-        """The first that may be chosen; None if this was not measured on such a device."""
-        if device is None:
-            return None
-        for name in self._names.get(Subject(device, contraction, spec_key(spec)), ()):
-            if name not in TABLE:
-                continue
-            if unsupported(name, contraction, spec, device.platform, is_export):
-                continue
-            if runs_unasked(name, contraction, spec):
-                return name
-        return None
-
-    @functools.cached_property
-    def _names(self) -> dict[Subject, tuple[str, ...]]:
-        return dict(self.ranking)
-
-    @functools.cached_property
-    def digest(self) -> str:
-        """The same in every process, for the keys of compilation caches."""
-        return _digest(self.ranking)
-
-    def __hash__(self) -> int:
-        return hash(self.digest)
-
-    def __repr__(self) -> str:
-        return f"Choices({self.digest})"
+from grouped_conv_jax.text import aligned
+from grouped_conv_jax.tuning import tuning_file
+from grouped_conv_jax.tuning.measurement import Measurement
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -127,7 +70,7 @@ class Tuning:
     @functools.cached_property
     def _digest(self) -> str:
         # Kept, as every call of a compiled function in the context looks at it.
-        return _digest(self.measurements)
+        return digest(self.measurements)
 
     def __or__(self, other: "Tuning") -> "Tuning":
         if not isinstance(other, Tuning):
@@ -147,16 +90,16 @@ class Tuning:
     @functools.cached_property
     def choices(self) -> Choices | None:
         """The ranking; None if nothing was measured."""
-        ranking = tuple(
+        fastest_first = tuple(
             (m.subject, tuple(name for name, time in m.seconds if time is not None))
             for m in self.measurements
         )
-        return Choices(ranking) if ranking else None
+        return Choices(fastest_first) if fastest_first else None
 
     # As a context.
 
     def __enter__(self) -> "Tuning":
-        context = _active(self)
+        context = ranking.context(self)
         context.__enter__()
         _entered.contexts.append(context)
         return self
@@ -234,16 +177,9 @@ def _milliseconds(seconds: Mapping[str, float | None], name: str) -> str:
     return "failed" if time is None else f"{1e3 * time:.3f}"
 
 
-def _digest(value: tuple) -> str:
-    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
-
-
 def active() -> Tuning | None:
-    """The tuning whose context this is."""
-    return _active.value
-
-
-_active = jax.make_user_context(None)
+    """Returns the tuning of the context."""
+    return ranking.context.value
 
 
 class _Entered(threading.local):

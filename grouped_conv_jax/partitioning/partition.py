@@ -10,7 +10,7 @@ Who decides how it is divided depends on what is known while JAX lowers it:
   `custom_partitioning`: it brings the shardings that it found for the operands and the result, and
   `plan` decides.
 - Where they are Auto and XLA cannot ask (on a TPU, and in `jax.export`), XLA divides the
-  contraction by itself: see `xla_partition`.
+  contraction by itself: see `xla_partitioner`.
 
 For XLA's questions the axes of the mesh are cut into axes of prime size, so that one axis of 8
 devices can go to 4 groups and to 2 parts of each. (Shardy does likewise, and what it finds cannot
@@ -34,11 +34,11 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
-from grouped_conv_jax.explicit import axes_of_dimensions, has_explicit_axes
-from grouped_conv_jax.plan import Dimensions, Plan, choose
+from grouped_conv_jax.partitioning.explicit_mesh import axes_of_dimensions, has_explicit_axes
+from grouped_conv_jax.partitioning.plan import Dimensions, Plan, choose
+from grouped_conv_jax.partitioning.xla_partitioner import with_sharding
 from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec, Role
 from grouped_conv_jax.version import __version__
-from grouped_conv_jax.xla_partition import with_sharding
 
 WITH_CUSTOM_PARTITIONING = frozenset({"cpu", "cuda", "rocm"})
 """The platforms whose compiler asks `custom_partitioning`. A TPU's does not (jax issue 38196)."""

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.interpreters import mlir
 
-from grouped_conv_jax import native, processor
+from grouped_conv_jax import native
+from grouped_conv_jax.algorithms import processor
 
 
 class DeviceKind(NamedTuple):

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from grouped_conv_jax.devices import DeviceKind
+from grouped_conv_jax.algorithms.devices import DeviceKind
+from grouped_conv_jax.algorithms.ranking import Choices
 from grouped_conv_jax.spec import Contraction, ConvSpec
-from grouped_conv_jax.tuning import Choices
 
 
 class Equation(NamedTuple):

@@ -16,14 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grouped_conv_jax import calls, selection
-from grouped_conv_jax.algorithms import TABLE, unsupported
-from grouped_conv_jax.devices import DeviceKind
-from grouped_conv_jax.measurement import Measurement, Subject, spec_key
-from grouped_conv_jax.occurrences import occurrences
+from grouped_conv_jax.algorithms import TABLE, choice, unsupported
+from grouped_conv_jax.algorithms.devices import DeviceKind
+from grouped_conv_jax.algorithms.ranking import Subject, spec_key
 from grouped_conv_jax.operations import arguments
 from grouped_conv_jax.spec import OPERANDS, Contraction, ConvSpec, Role
-from grouped_conv_jax.tuning import Tuning
+from grouped_conv_jax.tuning import calls
+from grouped_conv_jax.tuning.context import Tuning
+from grouped_conv_jax.tuning.measurement import Measurement
+from grouped_conv_jax.tuning.occurrences import occurrences
 
 HOPELESS = 20
 """How many times slower than the fastest an implementation is measured no more than once."""
@@ -107,7 +108,7 @@ def _measure(
 ) -> Measurement:
     platform, device = kind.platform, _device_here(kind)
     subject = Subject(kind, contraction, spec_key(spec))
-    first = selection.choose(contraction, spec, platform)
+    first = choice.choose(contraction, spec, platform)
     names = _different(contraction, spec, platform)
     seconds: dict[str, float | None] = {}
     runs: dict[str, Callable[[], Any]] = {}

@@ -24,9 +24,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from grouped_conv_jax.operations.arguments import shown
-
-__all__ = ["NAMED", "KernelLayout", "parsed_layout", "spatial_letters"]
+from grouped_conv_jax.text import shown
 
 NAMED: Mapping[str, str] = MappingProxyType(
     {
@@ -162,7 +160,3 @@ def spatial_letters(given: KernelLayout, wanted: KernelLayout, ndim: int) -> str
             f"{given} and {wanted} differ in their spatial letters: {letters} and {wanted.spatial}"
         )
     return "".join(sorted(letters, key="DHW".index)) if set(letters) <= set("DHW") else letters
-
-
-def __dir__() -> list[str]:
-    return __all__

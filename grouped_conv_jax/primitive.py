@@ -23,14 +23,14 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import NamedSharding, PartitionSpec
 
-from grouped_conv_jax import selection, xla_partition
-from grouped_conv_jax.algorithms import TABLE
-from grouped_conv_jax.devices import DeviceKind
-from grouped_conv_jax.explicit import has_explicit_axes, untyped
-from grouped_conv_jax.partition import bits_of, divided, requires_devices
+from grouped_conv_jax.algorithms import TABLE, choice
+from grouped_conv_jax.algorithms.devices import DeviceKind
+from grouped_conv_jax.algorithms.ranking import choices_of_context
+from grouped_conv_jax.algorithms.recording import Equation, Watch, watching
+from grouped_conv_jax.partitioning import xla_partitioner
+from grouped_conv_jax.partitioning.explicit_mesh import has_explicit_axes, untyped
+from grouped_conv_jax.partitioning.partition import bits_of, divided, requires_devices
 from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec, Factor, Role
-from grouped_conv_jax.tuning import active as tuning_of_context
-from grouped_conv_jax.watching import Equation, Watch, watching
 
 COMPUTES: dict[Role, Contraction] = {role: contraction for contraction, role in RESULT.items()}
 
@@ -53,14 +53,13 @@ def contract(
 
     The tuning of the context goes with it, and with all that transformations make of it.
     """
-    tuning = tuning_of_context()
     return _bind(
         first,
         second,
         contraction=contraction,
         spec=spec,
         implementation=implementation,
-        choices=None if tuning is None or implementation is not None else tuning.choices,
+        choices=choices_of_context() if implementation is None else None,
         out_sharding=out_sharding,
     )
 
@@ -171,19 +170,17 @@ def _lowering_rule(platform: str):
             if spec.is_empty:
                 return jnp.zeros(spec.shape(result), spec.role_dtype(result))
             merged = spec.merged()
-            name = selection.resolve(
-                implementation,
-                contraction,
-                merged,
-                platform,
-                choices,
-                device,
-                is_export,
-                divided_over,
-            )
-            algorithm = getattr(TABLE[name], contraction)
-            if divided_over is not None:
-                algorithm = xla_partition.constrained(algorithm, contraction, divided_over)
+            if divided_over is None:
+                name = choice.resolve(
+                    implementation, contraction, merged, platform, choices, device, is_export
+                )
+                algorithm = getattr(TABLE[name], contraction)
+            else:
+                name = xla_partitioner.resolve(
+                    implementation, contraction, merged, divided_over, platform, is_export
+                )
+                algorithm = getattr(TABLE[name], contraction)
+                algorithm = xla_partitioner.constrained(algorithm, contraction, divided_over)
             first, second = map(spec.merge, OPERANDS[contraction], (first, second))
             with jax.named_scope(f"grouped_conv.{contraction}.{name}"):
                 # A function of its own keeps its constants. A partitioned one may have none.

@@ -6,13 +6,15 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from grouped_conv_jax import calls, selection, xla_partition
-from grouped_conv_jax.algorithms import TABLE, unsupported
-from grouped_conv_jax.devices import DeviceKind
-from grouped_conv_jax.occurrences import Occurrence, occurrences
+from grouped_conv_jax.algorithms import TABLE, choice, unsupported
+from grouped_conv_jax.algorithms.devices import DeviceKind
+from grouped_conv_jax.algorithms.ranking import runs_unasked
+from grouped_conv_jax.partitioning import xla_partitioner
 from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec
-from grouped_conv_jax.table import aligned
-from grouped_conv_jax.tuning import Tuning, active, runs_unasked
+from grouped_conv_jax.text import aligned
+from grouped_conv_jax.tuning import calls
+from grouped_conv_jax.tuning.context import Tuning, active
+from grouped_conv_jax.tuning.occurrences import Occurrence, occurrences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,17 +149,20 @@ def _rows(o: Occurrence, tuning: Tuning | None) -> tuple[Row, ...]:
     """One for each implementation."""
     contraction, spec, platform = o.contraction, o.spec, o.device.platform
     measured = {} if tuning is None else tuning.seconds(contraction, spec, o.device)
-    chosen = o.implementation or selection.resolve(
-        None, contraction, spec, platform, o.choices, o.device, divided_over=o.divided_over
-    )
+    if o.implementation is not None:
+        chosen = o.implementation
+    elif o.divided_over is not None:
+        chosen = xla_partitioner.choose(contraction, spec, o.divided_over)
+    else:
+        chosen = choice.resolve(None, contraction, spec, platform, o.choices, o.device)
 
     def row(name: str) -> Row:
         reason = unsupported(name, contraction, spec, platform)
         if reason is None and o.divided_over is not None:
-            reason = xla_partition.miscomputed(name, contraction, spec, o.divided_over)
+            reason = xla_partitioner.miscomputed(name, contraction, spec, o.divided_over)
         expected = math.inf
         if reason is None:
-            expected = selection.expected_seconds(name, contraction, spec, platform)
+            expected = choice.expected_seconds(name, contraction, spec, platform)
             if name in measured and measured[name] is None:
                 reason = "it failed when it was measured"
         return Row(

@@ -1,0 +1,1 @@
+"""Towers on devices, and what the devices exchange."""

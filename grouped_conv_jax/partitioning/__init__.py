@@ -1,0 +1,1 @@
+"""How a contraction is divided among the devices of a mesh."""

@@ -1,0 +1,1 @@
+"""Measured times of implementations, and explanations of what is chosen."""
