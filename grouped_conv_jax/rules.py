@@ -12,7 +12,7 @@ that lax's convolution has, so that a program behaves the same with either:
 `jax.experimental.sparse.sparsify` has no entry. JAX's own is for one dimension, one feature and one
 group only. Without one, `sparsify` says that there is no rule for "grouped_conv".
 
-All of these tables are private to JAX, or experimental. `tests/test_jax_rules.py` shows on each
+All of these tables are private to JAX, or experimental. `test_jax_rules.py` shows on each
 supported version that the entries work.
 """
 

@@ -1,7 +1,7 @@
 """Settings for every test: several CPU devices, and no silent change of dtype or rank.
 
-`pytest --platform cuda tests/test_values.py` runs tests on a GPU: those of what is computed, that
-do not count devices.
+`pytest --platform cuda tests/operations/test_values.py` runs tests on a GPU: those of what is
+computed, that do not count devices.
 """
 
 import os
@@ -64,7 +64,7 @@ def x64() -> Iterator[None]:
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """Where there are images for the example to train on."""
-    from test_data import save_classes
+    from image_folders import save_classes
 
     save_classes(tmp_path / "images", {"a": 40, "b": 40})
     return tmp_path

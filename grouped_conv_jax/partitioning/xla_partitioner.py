@@ -18,7 +18,7 @@ This module keeps XLA away from them. `constrained` closes dimensions that XLA m
 closed dimension is gathered if the caller shards it. `choose` picks an implementation that XLA
 divides rightly, and without a needless collective. Both follow from experiments: random shardings
 were compiled for CPU devices, where values can be compared, and the collectives of programs for
-TPUs were read. `tests/test_xla_partition.py` and `tests/test_tpu.py` repeat them.
+TPUs were read. `test_xla_partition.py` and `test_tpu.py` repeat them.
 """
 
 import math
