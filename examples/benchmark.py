@@ -25,7 +25,7 @@ from benchmarks.results import WRONG, Run
 from benchmarks.rows import Settings, measured
 from benchmarks.workloads import MODES, NAMED, QUICK, TRANSPOSED, WORKLOADS, Mode, Workload
 from grouped_conv_jax import implementations
-from grouped_conv_jax.algorithms import check_name
+from grouped_conv_jax.algorithms import table
 
 WIDE = 300
 """Columns of the terminal that a table may take; words cut short would be worse."""
@@ -118,7 +118,7 @@ class Options:
           ValueError: an option is wrong.
         """
         for name in self.implementations:
-            check_name(None if name == "all" else name)
+            table.parsed(None if name == "all" else name)
         in_flight = self.in_flight
         if in_flight is None:
             in_flight = 1 if jax.default_backend() == "cpu" else 20

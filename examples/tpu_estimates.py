@@ -25,7 +25,8 @@ from jax.sharding import SingleDeviceSharding
 from alexnet.topology import topology_devices
 from benchmarks.workloads import WORKLOADS, Workload
 from grouped_conv_jax import explain
-from grouped_conv_jax.algorithms import TABLE, dense
+from grouped_conv_jax.algorithms import dense
+from grouped_conv_jax.algorithms.table import TABLE
 from grouped_conv_jax.spec import OPERANDS
 from grouped_conv_jax.tuning.explanation import Row
 

@@ -23,10 +23,11 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import NamedSharding, PartitionSpec
 
-from grouped_conv_jax.algorithms import TABLE, choice
-from grouped_conv_jax.algorithms.devices import DeviceKind
+from grouped_conv_jax.algorithms import choice, table
+from grouped_conv_jax.algorithms.devices import Device
 from grouped_conv_jax.algorithms.ranking import choices_of_context
 from grouped_conv_jax.algorithms.recording import Equation, Watch, watching
+from grouped_conv_jax.algorithms.table import Asked, asked_for, registered_key
 from grouped_conv_jax.partitioning import xla_partitioner
 from grouped_conv_jax.partitioning.explicit_mesh import has_explicit_axes, untyped
 from grouped_conv_jax.partitioning.partition import bits_of, divided, requires_devices
@@ -46,7 +47,7 @@ def contract(
     *,
     contraction: Contraction,
     spec: ConvSpec,
-    implementation: str | None,
+    implementation: Asked,
     out_sharding: NamedSharding | None,
 ) -> jax.Array:
     """Binds the primitive; the operands in the order of `OPERANDS[contraction]`.
@@ -59,7 +60,7 @@ def contract(
         contraction=contraction,
         spec=spec,
         implementation=implementation,
-        choices=choices_of_context() if implementation is None else None,
+        choices=None if isinstance(implementation, str) else choices_of_context(),
         out_sharding=out_sharding,
     )
 
@@ -162,7 +163,7 @@ batching.fancy_primitive_batchers[grouped_conv_p] = _batching_rule
 
 def _lowering_rule(platform: str):
     def rule(ctx, *operands, contraction, spec, implementation, choices, out_sharding):
-        device = DeviceKind.lowered_for(platform, ctx)
+        device = Device.lowered_for(platform, ctx)
         is_export = ctx.module_context.lowering_parameters.for_export
 
         def compute(first, second, spec, divided_over=None):
@@ -170,17 +171,20 @@ def _lowering_rule(platform: str):
             if spec.is_empty:
                 return jnp.zeros(spec.shape(result), spec.role_dtype(result))
             merged = spec.merged()
+            asked = asked_for(implementation, contraction)
             if divided_over is None:
-                name = choice.resolve(
-                    implementation, contraction, merged, platform, choices, device, is_export
-                )
-                algorithm = getattr(TABLE[name], contraction)
+                name = choice.resolve(asked, contraction, merged, device, choices, is_export)
             else:
                 name = xla_partitioner.resolve(
-                    implementation, contraction, merged, divided_over, platform, is_export
+                    asked, contraction, merged, divided_over, device, is_export
                 )
-                algorithm = getattr(TABLE[name], contraction)
-                algorithm = xla_partitioner.constrained(algorithm, contraction, divided_over)
+
+            def by_name(first, second, spec):
+                return table.compute(name, contraction, first, second, spec, device)
+
+            algorithm = by_name
+            if divided_over is not None:
+                algorithm = xla_partitioner.constrained(by_name, contraction, divided_over)
             first, second = map(spec.merge, OPERANDS[contraction], (first, second))
             with jax.named_scope(f"grouped_conv.{contraction}.{name}"):
                 # A function of its own keeps its constants. A partitioned one may have none.
@@ -196,7 +200,7 @@ def _lowering_rule(platform: str):
 
         # The same ranking may choose differently for another kind of device.
         measured_on = None if choices is None else device
-        key = f"{implementation} {choices} {measured_on} {watch}"
+        key = f"{implementation} {choices} {measured_on} {watch} {registered_key()}"
         computation = divided(compute, contraction, spec, platform, key, ctx, note)
         # The type of the result is settled; how it is computed need not be typed as well.
         computation = untyped(computation, ctx.avals_out[0].sharding)

@@ -24,7 +24,7 @@ from alexnet.state import TrainState
 from alexnet.statistics import statistics
 from alexnet.training import Trainer, tower_net
 from alexnet.weights import Weights, read_weights
-from grouped_conv_jax.algorithms import check_name
+from grouped_conv_jax.algorithms import table
 from grouped_conv_jax.models import AlexNetConfig
 from grouped_conv_jax.towers import DATA, GROUP, make_mesh
 
@@ -203,7 +203,7 @@ def load(
     devices = jax.devices() if devices is None else devices
     batch_size, accumulate = config.recipe.batch_size, config.recipe.accumulate
     with user_errors():
-        check_name(config.devices.implementation)
+        table.parsed(config.devices.implementation)
         net = config.net_config(num_classes=2, image_channels=3)
         mesh = make_mesh(*(config.devices.mesh or default_mesh(net.towers, len(devices))), devices)
     processes = {device.process_index for device in mesh.devices.flat}

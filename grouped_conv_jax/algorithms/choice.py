@@ -1,71 +1,70 @@
-"""Which implementation computes a contraction, for the platform and the shapes at hand."""
+"""Chooses the implementation of a contraction from its shapes and the device."""
 
 import math
 from collections.abc import Callable
 
-import numpy as np
-
-from grouped_conv_jax.algorithms import TABLE, dense, memory, unsupported
-from grouped_conv_jax.algorithms.devices import DeviceKind
+from grouped_conv_jax.algorithms import memory
+from grouped_conv_jax.algorithms.devices import Device
 from grouped_conv_jax.algorithms.ranking import Choices
+from grouped_conv_jax.algorithms.table import TABLE, unsupported
 from grouped_conv_jax.spec import Contraction, ConvSpec
 
-TPU_LANES = 128
-"""Elements of the last dimension that a TPU's register holds."""
 
+def choose(
+    contraction: Contraction, spec: ConvSpec, device: Device, is_export: bool = False
+) -> str:
+    """Returns the implementation that is expected to be the fastest on a device.
 
-def choose(contraction: Contraction, spec: ConvSpec, platform: str, is_export: bool = False) -> str:
-    """The automatic choice.
+    Of the algorithms that support the contraction and run unasked, it is the one with the least
+    `Algorithm.seconds`. On a CPU this is `"native"` in nearly all cases. Where its kernels are
+    missing, for three spatial dimensions, other dtypes and exported programs, it is:
 
-    On a CPU it is what is expected to be the fastest (`expected_seconds`) of those that compute
-    this: `"native"`, nearly always. Where its kernels are missing, for three spatial dimensions,
-    other dtypes and what is exported, that comes to:
+    - `"taps"` for depthwise convolutions: a loop at the speed of memory;
+    - `"taps"` for the output and the input's gradient of narrow groups, of up to 80 products for an
+      output (3 x 3 taps of 8 inputs), since the matrix products of such groups are too thin;
+    - `"patches"` for kernels of one tap, which makes them plain matrix products;
+    - `"dense"`, one convolution for each group, for other groups and for the kernel's gradient of
+      narrow ones; in 64 bits, in which XLA has no fast convolution, `"patches"` or `"xla"` for wide
+      groups;
+    - `"xla"` for one group, for groups that are so few and small that any detour is longer, and for
+      sizes that are not known yet.
 
-    - a group for each input (depthwise): `"taps"`, a loop at the speed of memory;
-    - narrow groups, of up to 80 products for an output (3 x 3 taps of 8 inputs): `"taps"` for the
-      output and the input's gradient, since the matrix products of such groups are too thin;
-    - a kernel of one tap: `"patches"`, which are plain matrix products then;
-    - other groups, and the kernel's gradient of narrow ones: `"dense"`, one convolution for each;
-      in 64 bits, in which XLA has no fast convolution, `"patches"` or `"xla"` for wide ones;
-    - one group, groups that are so few and small that any detour is longer, and sizes that are not
-      known yet: `"xla"`.
+    On a CPU, algorithms that would store more than lax does, or more than three times their arrays,
+    are left out (see `memory`).
 
-    Implementations that would store more than lax does, or more than three times their arrays, are
-    left out (see `memory`).
+    On NVIDIA's GPUs, as measured on an H100 (benchmarks/gpu-*.json), it is:
 
-    On NVIDIA's GPUs, as measured on an H100 (benchmarks/gpu-*.json):
+    - `"lax"` for the kernel's gradient of more than one group, which becomes cuDNN's;
+    - `"taps"`, phase by phase, for the input's gradient of a depthwise convolution with strides;
+    - `"dense"` for the output and the input's gradient of up to four groups of at least 64 features
+      in 32 bits;
+    - `"xla"` for all others, which is lax's own convolution as well.
 
-    - the kernel's gradient of more than one group: `"lax"`, which becomes cuDNN's;
-    - the input's gradient of a depthwise convolution with strides: `"taps"`, phase by phase;
-    - the output and the input's gradient of up to four groups of at least 64 features in 32 bits:
-      `"dense"`;
-    - all others: `"xla"`, which is lax's own convolution as well.
+    On TPUs the rules follow the cycles that XLA:TPU estimates for its programs (see docs/tpu.md),
+    since no TPU was at hand to measure on:
 
-    On TPUs, by the cycles that XLA:TPU itself estimates for its programs (see docs/tpu.md), since
-    no TPU was at hand to measure on. Another implementation than lax's is chosen for a class of
-    convolutions whose estimates are lower, by more than 1.5 times in most of them:
+    - `"dense"` for the input's gradient, and the output without strides, of up to eight groups of
+      at least 24 features, unless the features of a group in the result are a multiple of the 128
+      lanes of a register;
+    - `"lax"` for the kernel's gradient of more than one group;
+    - `"xla"` for all others.
 
-    - the input's gradient, and the output without strides, of up to eight groups of at least 24
-      features, unless the features of a group in the result are a multiple of the 128 lanes of a
-      register: `"dense"`;
-    - the kernel's gradient of more than one group: `"lax"`;
-    - all others: `"xla"`.
-
-    Elsewhere, where nothing has been measured, lax's own: `"lax"` for the kernel's gradient,
-    `"xla"` for the others. `"vmap"` becomes the same convolutions as `"xla"` by a longer way, and
-    `"packed"` spoils neighbouring groups where there are infinities or NaN: both are there to be
-    asked for.
+    Elsewhere, where nothing was measured, it is lax's own convolution: `"lax"` for the kernel's
+    gradient, `"xla"` for the others. `"vmap"` becomes the same convolutions as `"xla"` by a longer
+    way. `"packed"` spoils neighbouring groups where there are infinities or NaN, and runs only
+    where it is asked for.
     """
-    if platform != "cpu":
-        preferred = _preferred(contraction, spec, platform)
-        able = unsupported(preferred, contraction, spec, platform, is_export) is None
-        return preferred if able else "xla"
-    if spec.is_symbolic or spec.is_empty:
+    if spec.is_empty:
         return "xla"
-    able = [n for n in TABLE if unsupported(n, contraction, spec, platform, is_export) is None]
-    seconds = {name: expected_seconds(name, contraction, spec, platform) for name in able}
-    unasked = [name for name in able if math.isfinite(seconds[name])]
-    return min(_within_memory(unasked, contraction, spec), key=seconds.__getitem__)
+    seconds = {
+        name: algorithm.seconds(contraction, spec, device)
+        for name, algorithm in TABLE.items()
+        if algorithm.runs_unasked and not unsupported(name, contraction, spec, device, is_export)
+    }
+    names = [name for name in seconds if math.isfinite(seconds[name])]
+    if device.platform == "cpu" and not spec.is_symbolic:
+        names = _within_memory(names, contraction, spec)
+    return min(names, key=seconds.__getitem__)
 
 
 def _within_memory(names: list[str], contraction: Contraction, spec: ConvSpec) -> list[str]:
@@ -75,7 +74,7 @@ def _within_memory(names: list[str], contraction: Contraction, spec: ConvSpec) -
     If all would need more than three times their arrays, as lax itself can for a batch of one
     example in 8 bits, those remain that store no more than lax's own convolution.
     """
-    stored = {name: temporary_bytes(name, contraction, spec) for name in names}
+    stored = {name: TABLE[name].temporary_bytes(contraction, spec) for name in names}
     most = memory.limit(contraction, spec)
     within = [name for name in names if stored[name] <= most]
     if stored["xla"] <= memory.most_bytes(contraction, spec) and "xla" not in within:
@@ -83,60 +82,12 @@ def _within_memory(names: list[str], contraction: Contraction, spec: ConvSpec) -
     return within or [name for name in names if stored[name] <= stored["xla"]]
 
 
-def temporary_bytes(name: str, contraction: Contraction, spec: ConvSpec) -> int:
-    """Returns the estimated size of the arrays that XLA stores on a CPU beside the operands and the
-    result; 0 for implementations that say nothing of it.
-    """
-    module = TABLE[name]
-    return module.temporary_bytes(contraction, spec) if hasattr(module, "temporary_bytes") else 0
-
-
-def _preferred(contraction: Contraction, spec: ConvSpec, platform: str) -> str:
-    """Of those that are made for accelerators, if it supports this."""
-    groups = spec.feature_group_count
-    if spec.is_empty or (isinstance(groups, int) and groups == 1):
-        return "xla"
-    if platform == "tpu" and not spec.is_symbolic:
-        return _preferred_on_tpu(contraction, spec)
-    if contraction == "wgrad":
-        return "lax"
-    if platform == "cuda" and not spec.is_symbolic:
-        inputs, outputs = spec.group_width
-        has_strides = max(spec.window_strides, default=1) > 1
-        if contraction == "dgrad" and inputs == outputs == 1 and has_strides:
-            return "taps"
-        if groups <= 4 and min(inputs, outputs) >= 64 and spec.dtype == np.float32:
-            return "dense"
-    return "xla"
-
-
-def _preferred_on_tpu(contraction: Contraction, spec: ConvSpec) -> str:
-    inputs, outputs = spec.group_width
-    if contraction == "wgrad":
-        return "lax"
-    result_width = outputs if contraction == "fprop" else inputs
-    has_strides = contraction == "fprop" and max(spec.window_strides, default=1) > 1
-    is_wide = min(inputs, outputs) >= 24 and result_width % TPU_LANES != 0
-    few = spec.feature_group_count <= dense.UNROLLED
-    return "dense" if few and is_wide and not has_strides else "xla"
-
-
-def expected_seconds(name: str, contraction: Contraction, spec: ConvSpec, platform: str) -> float:
-    """What an implementation is expected to take on two cores of a CPU (see `costs`); infinite if
-    it is not to be chosen, or if nothing is known of the platform.
-    """
-    if platform != "cpu" or not hasattr(TABLE[name], "seconds"):
-        return math.inf
-    return TABLE[name].seconds(contraction, spec)
-
-
 def resolve(
     implementation: str | None,
     contraction: Contraction,
     spec: ConvSpec,
-    platform: str,
+    device: Device,
     choices: Choices | None = None,
-    device: DeviceKind | None = None,
     is_export: bool = False,
 ) -> str:
     """Returns the name of the implementation to run: the one asked for, the one that is the fastest
@@ -146,9 +97,8 @@ def resolve(
       implementation: the one asked for, or None.
       contraction: what is computed.
       spec: the convolution as large as one device computes it.
-      platform: the platform that it runs on.
+      device: the device that it runs on.
       choices: the measured ones, or None.
-      device: the kind of the device, or None if it is not known.
       is_export: whether the program must run without this package.
 
     Raises:
@@ -158,19 +108,19 @@ def resolve(
         return required(
             implementation,
             contraction,
-            platform,
-            lambda name: unsupported(name, contraction, spec, platform, is_export),
+            device,
+            lambda name: unsupported(name, contraction, spec, device, is_export),
         )
     fastest = None
     if choices is not None:
         fastest = choices.fastest(contraction, spec, device, is_export)
-    return fastest or choose(contraction, spec, platform, is_export)
+    return fastest or choose(contraction, spec, device, is_export)
 
 
 def required(
     implementation: str,
     contraction: Contraction,
-    platform: str,
+    device: Device,
     reason_against: Callable[[str], str | None],
 ) -> str:
     """Returns the implementation that was asked for.
@@ -182,6 +132,6 @@ def required(
         others = [name for name in TABLE if reason_against(name) is None]
         raise NotImplementedError(
             f"implementation {implementation!r} does not compute this {contraction} on "
-            f"{platform}: {reason}; these do: {', '.join(others)}"
+            f"{device.platform}: {reason}; these do: {', '.join(others)}"
         )
     return implementation

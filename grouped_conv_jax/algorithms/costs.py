@@ -1,8 +1,11 @@
-"""What a contraction is expected to take, in seconds on two cores of a CPU with AVX-512.
+"""The expected time of a contraction: in seconds on two cores of a CPU with AVX-512.
 
 The constants are measured, in 32 bits, on the AMD EPYC of benchmarks/cpu-float32-epyc.json. Only
 the ratios of the implementations matter, and those hold on other CPUs as far as they are like it:
 cores make all of them faster, and so do wider vectors. Where they do not, `tune` measures.
+
+On GPUs and TPUs only times relative to lax's own contractions are known, and those are the unit
+there.
 """
 
 import math

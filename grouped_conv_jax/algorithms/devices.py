@@ -11,7 +11,7 @@ from grouped_conv_jax import native
 from grouped_conv_jax.algorithms import processor
 
 
-class DeviceKind(NamedTuple):
+class Device(NamedTuple):
     """The model of a device. Measurements are valid for one kind of device.
 
     JAX calls every CPU "cpu". A CPU's kind is therefore made of the processor's name, the
@@ -24,7 +24,7 @@ class DeviceKind(NamedTuple):
     """
 
     platform: str
-    kind: str
+    kind: str = ""
 
     def __str__(self) -> str:
         return self.kind if self.kind == self.platform else f"{self.kind} ({self.platform})"
@@ -35,7 +35,7 @@ class DeviceKind(NamedTuple):
         return self.platform if self.platform == "cpu" else str(self)
 
     @classmethod
-    def of(cls, device: Any) -> "DeviceKind":
+    def of(cls, device: Any) -> "Device":
         platform = device.platform
         if platform == "gpu":
             version = device.client.platform_version.lower()
@@ -44,12 +44,12 @@ class DeviceKind(NamedTuple):
         return cls(platform if known else "another platform", _kind(device))
 
     @classmethod
-    def lowered_for(cls, platform: str, context: mlir.LoweringRuleContext) -> "DeviceKind | None":
-        """Returns the kind of the devices that a program is lowered for.
+    def lowered_for(cls, platform: str, context: mlir.LoweringRuleContext) -> "Device":
+        """Returns the device that a program is lowered for.
 
-        It is None if the program is lowered for several platforms, or for one that this process
-        does not use. `jax.export` may do so. A program that is exported for the platform of this
-        process is lowered for its devices: on a CPU, for this processor.
+        Its kind is not known if the program is lowered for several platforms, or for one that this
+        process does not use. `jax.export` may do so. A program that is exported for the platform of
+        this process is lowered for its devices: on a CPU, for this processor.
 
         The devices may be those of a topology, which this process does not have. CPU devices of
         other processes are taken to have the same processor as those of this process.
@@ -57,13 +57,33 @@ class DeviceKind(NamedTuple):
         module = context.module_context
         backend = None if module.backend is None else module.get_backend(optional=True)
         if backend is None:
-            return None
+            return cls(platform)
         devices = getattr(module.axis_context, "device_assignment", None)
         devices = devices or backend.local_devices() or backend.devices()
         check_one_platform(devices)
-        return cls(platform, _kind(devices[0])) if devices else None
+        return cls(platform, _kind(devices[0]) if devices else "")
 
-    def device(self) -> Any:
+    @property
+    def is_known(self) -> bool:
+        """Whether the kind is known."""
+        return bool(self.kind)
+
+    @property
+    def instruction_set(self) -> str | None:
+        """The instruction set of the native kernels on a CPU, for example "avx2"."""
+        return native.instruction_set() if self.platform == "cpu" else None
+
+    @property
+    def cores(self) -> int | None:
+        """The cores of a CPU that XLA computes on."""
+        return processor.cores() if self.platform == "cpu" else None
+
+    @property
+    def caches(self) -> tuple[int, ...] | None:
+        """The bytes of a CPU's data caches that one core sees, the first level first."""
+        return processor.caches() if self.platform == "cpu" else None
+
+    def find(self) -> Any:
         """Returns a device of this kind that this process has.
 
         Raises:

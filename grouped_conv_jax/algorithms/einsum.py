@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from grouped_conv_jax.algorithms import costs, memory
+from grouped_conv_jax.algorithms.base import Algorithm
+from grouped_conv_jax.algorithms.devices import Device
 from grouped_conv_jax.algorithms.phases import (
     Dimension,
     dimensions,
@@ -32,64 +34,72 @@ MOST_TAPS = 512
 """Each tap is a matrix product of its own in the program, so more taps compile too long."""
 
 
-def supports(contraction: Contraction, spec: ConvSpec, platform: str) -> str | None:
-    if spec.is_symbolic:
-        return "it needs to know all sizes"
-    taps = math.prod(spec.spatial_shape("rhs"))
-    if taps > MOST_TAPS:
-        return f"it has a matrix product for each tap: at most {MOST_TAPS} taps, got {taps}"
-    phases = phase_count(contraction, spec)
-    if contraction != "wgrad" and phases > MOST_TAPS:
-        return f"it computes each phase of the strides: at most {MOST_TAPS} phases, got {phases}"
-    return None
+class Einsum(Algorithm):
+    """One product with a batch dimension for each tap."""
 
+    takes_dot_algorithm = True
 
-def seconds(contraction: Contraction, spec: ConvSpec) -> float:
-    """Returns what products with a batch dimension take on a CPU: the narrower, the slower."""
-    rate = min(60e9, 0.3e9 * min(spec.group_width))
-    taps = math.prod(spec.spatial_shape("rhs"))
-    return costs.CALL * taps + costs.flops(spec) / rate
+    def supports(self, contraction: Contraction, spec: ConvSpec, device: Device) -> str | None:
+        if spec.is_symbolic:
+            return "it needs to know all sizes"
+        taps = math.prod(spec.spatial_shape("rhs"))
+        if taps > MOST_TAPS:
+            return f"it has a matrix product for each tap: at most {MOST_TAPS} taps, got {taps}"
+        phases = phase_count(contraction, spec)
+        if contraction != "wgrad" and phases > MOST_TAPS:
+            return (
+                f"it computes each phase of the strides: at most {MOST_TAPS} phases, got {phases}"
+            )
+        return None
 
+    def seconds(self, contraction: Contraction, spec: ConvSpec, device: Device) -> float:
+        """Returns what products with a batch dimension take on a CPU: the narrower, the slower."""
+        if device.platform != "cpu":
+            return math.inf
+        rate = min(60e9, 0.3e9 * min(spec.group_width))
+        taps = math.prod(spec.spatial_shape("rhs"))
+        return costs.CALL * taps + costs.flops(spec) / rate
 
-def temporary_bytes(contraction: Contraction, spec: ConvSpec) -> int:
-    """Returns the bytes of a padded operand, of a sum and a product for each tap, and copies."""
-    itemsize = spec.accumulator.itemsize
-    lhs, rhs, out = (memory.array_bytes(spec, role, itemsize) for role in ("lhs", "rhs", "out"))
-    padded = memory.padded_bytes("dgrad" if contraction == "dgrad" else "fprop", spec)
-    return padded + 2 * (lhs + rhs + out)
+    def temporary_bytes(self, contraction: Contraction, spec: ConvSpec) -> int:
+        """Returns the bytes of a padded operand, of a sum and a product for each tap, and
+        copies.
+        """
+        itemsize = spec.accumulator.itemsize
+        lhs, rhs, out = (memory.array_bytes(spec, role, itemsize) for role in ("lhs", "rhs", "out"))
+        padded = memory.padded_bytes("dgrad" if contraction == "dgrad" else "fprop", spec)
+        return padded + 2 * (lhs + rhs + out)
 
+    def fprop(self, lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
+        x = spec.to_channels_last("lhs", lhs)
+        w = jnp.moveaxis(_grouped_kernel(rhs, spec), -2, -3)  # (*K, G, C, O)
+        out = _correlate(x, w, dimensions("fprop", spec), spec)
+        return spec.from_channels_last("out", out.astype(spec.role_dtype("out")))
 
-def fprop(lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
-    x = spec.to_channels_last("lhs", lhs)
-    w = jnp.moveaxis(_grouped_kernel(rhs, spec), -2, -3)  # (*K, G, C, O)
-    out = _correlate(x, w, dimensions("fprop", spec), spec)
-    return spec.from_channels_last("out", out.astype(spec.role_dtype("out")))
+    def dgrad(self, out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
+        y = spec.to_channels_last("out", out)
+        w = jnp.moveaxis(_grouped_kernel(rhs, spec), -3, -1)  # (*K, G, O, C)
+        lhs = _correlate(y, w, dimensions("dgrad", spec), spec)
+        return spec.from_channels_last("lhs", lhs.astype(spec.role_dtype("lhs")))
 
-
-def dgrad(out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
-    y = spec.to_channels_last("out", out)
-    w = jnp.moveaxis(_grouped_kernel(rhs, spec), -3, -1)  # (*K, G, O, C)
-    lhs = _correlate(y, w, dimensions("dgrad", spec), spec)
-    return spec.from_channels_last("lhs", lhs.astype(spec.role_dtype("lhs")))
-
-
-def wgrad(lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
-    x, y = spec.to_channels_last("lhs", lhs), spec.to_channels_last("out", out)
-    taps, groups = spec.spatial_shape("rhs"), spec.feature_group_count
-    gaps = [step - 1 for step in spec.lhs_dilation]
-    config = [(*pad, gap) for pad, gap in zip(spec.wgrad_padding, gaps, strict=True)]
-    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *config, (0, 0, 0)])
-    x, y = _with_groups(x, groups), _with_groups(y, groups)
-    products = []
-    for tap in itertools.product(*map(range, taps)):
-        starts = [i * d for i, d in zip(tap, spec.rhs_dilation, strict=True)]
-        seen = tuple(
-            slice(start, start + (size - 1) * stride + 1, stride)
-            for start, size, stride in zip(starts, y.shape[1:-2], spec.window_strides, strict=True)
-        )
-        products.append(_product("...gc,...go->cgo", x[(slice(None), *seen)], y, spec))
-    rhs = jnp.stack(products).reshape(*taps, -1, math.prod(products[0].shape[1:]))
-    return spec.from_channels_last("rhs", rhs.astype(spec.role_dtype("rhs")))
+    def wgrad(self, lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
+        x, y = spec.to_channels_last("lhs", lhs), spec.to_channels_last("out", out)
+        taps, groups = spec.spatial_shape("rhs"), spec.feature_group_count
+        gaps = [step - 1 for step in spec.lhs_dilation]
+        config = [(*pad, gap) for pad, gap in zip(spec.wgrad_padding, gaps, strict=True)]
+        x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *config, (0, 0, 0)])
+        x, y = _with_groups(x, groups), _with_groups(y, groups)
+        products = []
+        for tap in itertools.product(*map(range, taps)):
+            starts = [i * d for i, d in zip(tap, spec.rhs_dilation, strict=True)]
+            seen = tuple(
+                slice(start, start + (size - 1) * stride + 1, stride)
+                for start, size, stride in zip(
+                    starts, y.shape[1:-2], spec.window_strides, strict=True
+                )
+            )
+            products.append(_product("...gc,...go->cgo", x[(slice(None), *seen)], y, spec))
+        rhs = jnp.stack(products).reshape(*taps, -1, math.prod(products[0].shape[1:]))
+        return spec.from_channels_last("rhs", rhs.astype(spec.role_dtype("rhs")))
 
 
 def _correlate(x: jax.Array, w: jax.Array, where: Sequence[Dimension], spec: ConvSpec) -> jax.Array:

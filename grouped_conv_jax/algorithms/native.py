@@ -11,11 +11,10 @@ import numpy as np
 
 from grouped_conv_jax import native
 from grouped_conv_jax.algorithms import costs
+from grouped_conv_jax.algorithms.base import Algorithm
+from grouped_conv_jax.algorithms.devices import Device
 from grouped_conv_jax.algorithms.phases import Dimension, dimensions
 from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec, Role
-
-CONVOLVES_BY_XLA = False
-IS_EXPORTABLE = False
 
 DTYPES = tuple(np.dtype(t) for t in (jnp.float32, jnp.float64, jnp.bfloat16))
 
@@ -29,25 +28,58 @@ LARGEST_WINDOW = 2**26
 """Bytes of what some results read, gaps of a dilated kernel and all: it is packed as a whole."""
 
 
-def supports(contraction: Contraction, spec: ConvSpec, platform: str) -> str | None:
-    if platform != "cpu":
-        return "it is for CPUs"
-    if reason := native.missing():
-        return reason
-    if spec.is_symbolic:
-        return "it needs to know all sizes"
-    if len(spec.window_strides) > 2:
-        return "it has at most two spatial dimensions"
-    if {spec.dtype, spec.wide_dtype} - set(DTYPES):
-        return f"it computes {', '.join(map(str, DTYPES))}"
-    sizes = (*spec.shape("lhs"), *spec.shape("rhs"), *spec.shape("out"))
-    steps = (*spec.window_strides, *spec.lhs_dilation, *spec.rhs_dilation)
-    pads = (abs(pad) for pads in spec.padding for pad in pads)
-    if max(*sizes, *steps, *pads) >= LARGEST:
-        return f"a size is {LARGEST} or more"
-    if _window_bytes(contraction, spec) > LARGEST_WINDOW:
-        return "what a result reads, dilated, is too large"
-    return None
+class Native(Algorithm):
+    """Kernels in C++, for CPUs."""
+
+    is_exportable = False
+
+    def supports(self, contraction: Contraction, spec: ConvSpec, device: Device) -> str | None:
+        if device.platform != "cpu":
+            return "it is for CPUs"
+        if reason := native.missing():
+            return reason
+        if spec.is_symbolic:
+            return "it needs to know all sizes"
+        if len(spec.window_strides) > 2:
+            return "it has at most two spatial dimensions"
+        if {spec.dtype, spec.wide_dtype} - set(DTYPES):
+            return f"it computes {', '.join(map(str, DTYPES))}"
+        sizes = (*spec.shape("lhs"), *spec.shape("rhs"), *spec.shape("out"))
+        steps = (*spec.window_strides, *spec.lhs_dilation, *spec.rhs_dilation)
+        pads = (abs(pad) for pads in spec.padding for pad in pads)
+        if max(*sizes, *steps, *pads) >= LARGEST:
+            return f"a size is {LARGEST} or more"
+        if _window_bytes(contraction, spec) > LARGEST_WINDOW:
+            return "what a result reads, dilated, is too large"
+        return None
+
+    def seconds(self, contraction: Contraction, spec: ConvSpec, device: Device) -> float:
+        """Limited by memory, or by arithmetic: 430 GFLOP/s where the outputs of a group fill
+        vectors.
+
+        Lanes that no output fills are lost; where a vector holds several groups, a permutation goes
+        with the multiplications. The kernels are compiled already: nothing else is as quick to
+        start.
+        """
+        moved = costs.all_bytes(contraction, spec) / costs.BYTES_PER_SECOND
+        outputs = spec.group_width[0 if contraction == "dgrad" else 1]
+        lanes = 64 // spec.accumulator.itemsize
+        rate = 430e9 * 4 / spec.accumulator.itemsize
+        filled = lanes // outputs * outputs
+        if filled > outputs and spec.feature_group_count > 1:
+            rate *= 0.6 * min(filled, spec.feature_group_count * outputs) / lanes
+        else:
+            rate *= outputs / (-(-outputs // lanes) * lanes)
+        return costs.CALL + max(moved, costs.flops(spec) / rate)
+
+    def fprop(self, lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
+        return _call("fprop", lhs, rhs, spec)
+
+    def dgrad(self, out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
+        return _call("dgrad", out, rhs, spec)
+
+    def wgrad(self, lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
+        return _call("wgrad", lhs, out, spec)
 
 
 def _window_bytes(contraction: Contraction, spec: ConvSpec) -> int:
@@ -63,36 +95,6 @@ def _window_bytes(contraction: Contraction, spec: ConvSpec) -> int:
         results = 32 if i == len(steps) - 1 else 1
         pixels *= extent + results * step
     return pixels
-
-
-def seconds(contraction: Contraction, spec: ConvSpec) -> float:
-    """Limited by memory, or by arithmetic: 430 GFLOP/s where the outputs of a group fill vectors.
-
-    Lanes that no output fills are lost; where a vector holds several groups, a permutation goes
-    with the multiplications. The kernels are compiled already: nothing else is as quick to start.
-    """
-    moved = costs.all_bytes(contraction, spec) / costs.BYTES_PER_SECOND
-    outputs = spec.group_width[0 if contraction == "dgrad" else 1]
-    lanes = 64 // spec.accumulator.itemsize
-    rate = 430e9 * 4 / spec.accumulator.itemsize
-    filled = lanes // outputs * outputs
-    if filled > outputs and spec.feature_group_count > 1:
-        rate *= 0.6 * min(filled, spec.feature_group_count * outputs) / lanes
-    else:
-        rate *= outputs / (-(-outputs // lanes) * lanes)
-    return costs.CALL + max(moved, costs.flops(spec) / rate)
-
-
-def fprop(lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
-    return _call("fprop", lhs, rhs, spec)
-
-
-def dgrad(out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
-    return _call("dgrad", out, rhs, spec)
-
-
-def wgrad(lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
-    return _call("wgrad", lhs, out, spec)
 
 
 def _call(

@@ -7,45 +7,46 @@ That is why this is used only where it is asked for.
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 
-from grouped_conv_jax.algorithms import xla
+from grouped_conv_jax.algorithms.base import Algorithm
+from grouped_conv_jax.algorithms.devices import Device
+from grouped_conv_jax.algorithms.xla import Xla
 from grouped_conv_jax.spec import Contraction, ConvSpec
+
+XLA = Xla()
 
 TILE = 16
 """Inputs and outputs of a packed group, at the least, as far as there are groups to pack."""
 
 
-def supports(contraction: Contraction, spec: ConvSpec, platform: str) -> str | None:
-    if not all(isinstance(n, int) for n in spec.group_width):
-        return "it needs to know how wide the groups are"
-    return None
+class Packed(Algorithm):
+    """Grouped convolutions of wider groups, with block-diagonal kernels."""
 
+    takes_dot_algorithm = True
+    runs_unasked = False
 
-def seconds(contraction: Contraction, spec: ConvSpec) -> float:
-    """Never the automatic choice: see above."""
-    return math.inf
+    def supports(self, contraction: Contraction, spec: ConvSpec, device: Device) -> str | None:
+        if not all(isinstance(n, int) for n in spec.group_width):
+            return "it needs to know how wide the groups are"
+        return None
 
+    def fprop(self, lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
+        return XLA.fprop(lhs, _block_diagonal(rhs, spec), _packed(spec))
 
-def fprop(lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
-    return xla.fprop(lhs, _block_diagonal(rhs, spec), _packed(spec))
+    def dgrad(self, out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
+        return XLA.dgrad(out, _block_diagonal(rhs, spec), _packed(spec))
 
-
-def dgrad(out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
-    return xla.dgrad(out, _block_diagonal(rhs, spec), _packed(spec))
-
-
-def wgrad(lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
-    packed = _packed(spec)
-    blocks, together = packed.feature_group_count, _together(spec)
-    inputs, outputs = spec.group_width
-    rhs = packed.to_channels_last("rhs", xla.wgrad(lhs, out, packed))
-    rhs = rhs.reshape(*rhs.shape[:-2], together, inputs, blocks, together, outputs)
-    rhs = jnp.moveaxis(jnp.diagonal(rhs, axis1=-5, axis2=-2), -1, -2)
-    return spec.from_channels_last("rhs", rhs.reshape(*rhs.shape[:-3], -1))
+    def wgrad(self, lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
+        packed = _packed(spec)
+        blocks, together = packed.feature_group_count, _together(spec)
+        inputs, outputs = spec.group_width
+        rhs = packed.to_channels_last("rhs", XLA.wgrad(lhs, out, packed))
+        rhs = rhs.reshape(*rhs.shape[:-2], together, inputs, blocks, together, outputs)
+        rhs = jnp.moveaxis(jnp.diagonal(rhs, axis1=-5, axis2=-2), -1, -2)
+        return spec.from_channels_last("rhs", rhs.reshape(*rhs.shape[:-3], -1))
 
 
 def _together(spec: ConvSpec) -> int:

@@ -15,6 +15,8 @@ import numpy as np
 from jax import lax
 
 from grouped_conv_jax.algorithms import costs, memory
+from grouped_conv_jax.algorithms.base import Algorithm
+from grouped_conv_jax.algorithms.devices import Device
 from grouped_conv_jax.algorithms.phases import (
     Dimension,
     Read,
@@ -27,8 +29,6 @@ from grouped_conv_jax.algorithms.phases import (
 )
 from grouped_conv_jax.spec import Contraction, ConvSpec, Role
 
-CONVOLVES_BY_XLA = False
-
 MAX_PRODUCTS = 128
 """Matrix products: more take too long to compile, as do more pieces of an operand."""
 
@@ -36,38 +36,50 @@ MAX_PIECES = 512
 """Pieces: what each tap sees of each group, and the phases of each."""
 
 
-def supports(contraction: Contraction, spec: ConvSpec, platform: str) -> str | None:
-    if spec.is_symbolic:
-        return "it needs to know all sizes"
-    if not spec.window_strides:
-        return "it needs a spatial dimension"
-    if jax.dtypes.itemsize_bits(spec.operand_dtype(contraction)) < 8:
-        return f"XLA does not multiply matrices of {spec.operand_dtype(contraction)}"
-    products = spec.feature_group_count * math.prod(spec.spatial_shape("rhs")[:-1])
-    if products > MAX_PRODUCTS:
-        return f"{products} matrix products are more than {MAX_PRODUCTS}"
-    taps = math.prod(spec.spatial_shape("rhs"))
-    pieces = spec.feature_group_count * max(taps, phase_count(contraction, spec))
-    if pieces > MAX_PIECES:
-        return f"{pieces} pieces of an operand are more than {MAX_PIECES}"
-    return None
+class Patches(Algorithm):
+    """Matrix products, one for each group and row of the kernel."""
 
+    def supports(self, contraction: Contraction, spec: ConvSpec, device: Device) -> str | None:
+        if spec.is_symbolic:
+            return "it needs to know all sizes"
+        if not spec.window_strides:
+            return "it needs a spatial dimension"
+        if jax.dtypes.itemsize_bits(spec.operand_dtype(contraction)) < 8:
+            return f"XLA does not multiply matrices of {spec.operand_dtype(contraction)}"
+        products = spec.feature_group_count * math.prod(spec.spatial_shape("rhs")[:-1])
+        if products > MAX_PRODUCTS:
+            return f"{products} matrix products are more than {MAX_PRODUCTS}"
+        taps = math.prod(spec.spatial_shape("rhs"))
+        pieces = spec.feature_group_count * max(taps, phase_count(contraction, spec))
+        if pieces > MAX_PIECES:
+            return f"{pieces} pieces of an operand are more than {MAX_PIECES}"
+        return None
 
-def seconds(contraction: Contraction, spec: ConvSpec) -> float:
-    """Matrix products, and as many bytes for the patches as a row of the kernel has taps."""
-    *rows, taps = spec.spatial_shape("rhs")
-    calls = spec.feature_group_count * math.prod(rows)
-    other = costs.nbytes(spec, "lhs" if contraction == "fprop" else "out")
-    patches = 0 if taps == 1 else 2 * taps * math.prod(rows) * other
-    moved = (patches + costs.all_bytes(contraction, spec)) / costs.BYTES_PER_SECOND
-    rate = costs.dense_rate(contraction, spec)
-    if taps > 1 and spec.accumulator.itemsize > 4:
-        rate *= 0.25
-    return costs.CALL * calls + moved + costs.flops(spec) / rate
+    def seconds(self, contraction: Contraction, spec: ConvSpec, device: Device) -> float:
+        """Matrix products, and as many bytes for the patches as a row of the kernel has taps."""
+        if device.platform != "cpu":
+            return math.inf
+        *rows, taps = spec.spatial_shape("rhs")
+        calls = spec.feature_group_count * math.prod(rows)
+        other = costs.nbytes(spec, "lhs" if contraction == "fprop" else "out")
+        patches = 0 if taps == 1 else 2 * taps * math.prod(rows) * other
+        moved = (patches + costs.all_bytes(contraction, spec)) / costs.BYTES_PER_SECOND
+        rate = costs.dense_rate(contraction, spec)
+        if taps > 1 and spec.accumulator.itemsize > 4:
+            rate *= 0.25
+        return costs.CALL * calls + moved + costs.flops(spec) / rate
 
+    def temporary_bytes(self, contraction: Contraction, spec: ConvSpec) -> int:
+        return memory.in_parts(_stored, contraction, spec)
 
-def temporary_bytes(contraction: Contraction, spec: ConvSpec) -> int:
-    return memory.in_parts(_stored, contraction, spec)
+    def fprop(self, lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
+        return memory.by_batches(_fprop, _stored, "fprop", lhs, rhs, spec)
+
+    def dgrad(self, out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
+        return memory.by_batches(_dgrad, _stored, "dgrad", out, rhs, spec)
+
+    def wgrad(self, lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
+        return memory.by_batches(_wgrad, _stored, "wgrad", lhs, out, spec)
 
 
 def _stored(contraction: Contraction, spec: ConvSpec) -> int:
@@ -85,18 +97,6 @@ def _stored(contraction: Contraction, spec: ConvSpec) -> int:
         patches = taps * (out * inputs // outputs if contraction != "dgrad" else out)
         patches += memory.padded_bytes("dgrad" if contraction == "dgrad" else "fprop", spec)
     return transposed + patches + lhs + out + 2 * rhs
-
-
-def fprop(lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
-    return memory.by_batches(_fprop, _stored, "fprop", lhs, rhs, spec)
-
-
-def dgrad(out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
-    return memory.by_batches(_dgrad, _stored, "dgrad", out, rhs, spec)
-
-
-def wgrad(lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
-    return memory.by_batches(_wgrad, _stored, "wgrad", lhs, out, spec)
 
 
 def _fprop(lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 @functools.cache
@@ -71,11 +72,12 @@ def threads(devices: int) -> int:
     Args:
       devices: the number of CPU devices of this process.
     """
-    return max(_cores(), devices)
+    return max(cores(), devices)
 
 
 @functools.cache
-def _cores() -> int:
+def cores() -> int:
+    """Returns the number of threads that XLA computes with, unless there are more devices."""
     # The client reads them once, when it starts. What changes later has no effect on its pool.
     for variable in ("PJRT_NPROC", "NPROC"):
         with contextlib.suppress(KeyError, ValueError):
@@ -83,3 +85,18 @@ def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+@functools.cache
+def caches() -> tuple[int, ...]:
+    """Returns the bytes of the data caches that a core sees, the first level first.
+
+    An empty tuple means that the system does not tell. Linux does.
+    """
+    sizes: dict[int, int] = {}
+    for index in CACHES.glob("index*"):
+        with contextlib.suppress(OSError, ValueError):
+            if (index / "type").read_text().strip() != "Instruction":
+                size = (index / "size").read_text().strip()
+                sizes[int((index / "level").read_text())] = int(size.removesuffix("K")) << 10
+    return tuple(sizes[level] for level in sorted(sizes))

@@ -8,14 +8,13 @@ implementation is chosen.
 import dataclasses
 import functools
 import hashlib
-import math
 from collections.abc import Iterable
 from typing import NamedTuple, get_args
 
 import jax
 
-from grouped_conv_jax.algorithms import TABLE, unsupported
-from grouped_conv_jax.algorithms.devices import DeviceKind
+from grouped_conv_jax.algorithms.devices import Device
+from grouped_conv_jax.algorithms.table import find, unsupported
 from grouped_conv_jax.spec import Contraction, ConvSpec, Role
 
 context = jax.make_user_context(None)
@@ -30,17 +29,9 @@ def choices_of_context() -> "Choices | None":
 class Subject(NamedTuple):
     """What was measured: a contraction of a spec (by its `spec_key`) on a kind of device."""
 
-    device: DeviceKind
+    device: Device
     contraction: Contraction
     spec: str
-
-
-def runs_unasked(name: str, contraction: Contraction, spec: ConvSpec) -> bool:
-    """Whether an implementation may be chosen, however fast it is: if it says what it is expected
-    to take, and that is not infinite.
-    """
-    module = TABLE[name]
-    return hasattr(module, "seconds") and math.isfinite(module.seconds(contraction, spec))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -56,18 +47,15 @@ class Choices:
         self,
         contraction: Contraction,
         spec: ConvSpec,
-        device: DeviceKind | None,
+        device: Device,
         is_export: bool = False,
     ) -> str | None:
-        """The first that may be chosen; None if this was not measured on such a device."""
-        if device is None:
-            return None
+        """Returns the first that may be chosen; None if this was not measured on such a device."""
         for name in self._names.get(Subject(device, contraction, spec_key(spec)), ()):
-            if name not in TABLE:
+            algorithm = find(name)
+            if algorithm is None or not algorithm.runs_unasked:
                 continue
-            if unsupported(name, contraction, spec, device.platform, is_export):
-                continue
-            if runs_unasked(name, contraction, spec):
+            if not unsupported(name, contraction, spec, device, is_export):
                 return name
         return None
 

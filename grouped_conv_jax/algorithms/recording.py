@@ -7,8 +7,9 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from grouped_conv_jax.algorithms.devices import DeviceKind
+from grouped_conv_jax.algorithms.devices import Device
 from grouped_conv_jax.algorithms.ranking import Choices
+from grouped_conv_jax.algorithms.table import Asked
 from grouped_conv_jax.spec import Contraction, ConvSpec
 
 
@@ -17,7 +18,7 @@ class Equation(NamedTuple):
 
     contraction: Contraction
     spec: ConvSpec
-    implementation: str | None
+    implementation: Asked
     choices: Choices | None
 
 
@@ -33,7 +34,7 @@ class Watch:
     """
 
     def __init__(self) -> None:
-        self.seen: Counter[tuple[Equation, ConvSpec, DeviceKind | None, Mesh | None]] = Counter()
+        self.seen: Counter[tuple[Equation, ConvSpec, Device, Mesh | None]] = Counter()
         self._id = uuid.uuid4()
 
     def __repr__(self) -> str:
@@ -43,7 +44,7 @@ class Watch:
     def note(
         self,
         equation: Equation,
-        device: DeviceKind | None,
+        device: Device,
         spec: ConvSpec,
         divided_over: Mesh | None,
     ) -> None:

@@ -5,32 +5,34 @@ JAX folds the mapped axis back into feature groups, so that XLA sees what the re
 
 import jax
 
-from grouped_conv_jax.algorithms import xla
+from grouped_conv_jax.algorithms.base import Algorithm
+from grouped_conv_jax.algorithms.devices import Device
+from grouped_conv_jax.algorithms.xla import Xla
 from grouped_conv_jax.spec import Contraction, ConvSpec, Role
 
-
-def supports(contraction: Contraction, spec: ConvSpec, platform: str) -> str | None:
-    return None
+XLA = Xla()
 
 
-def seconds(contraction: Contraction, spec: ConvSpec) -> float:
-    """It becomes the same convolution, by a longer way."""
-    return xla.seconds(contraction, spec)
+class Vmap(Algorithm):
+    """The convolution of one group, mapped over an explicit group axis with `jax.vmap`."""
 
+    takes_dot_algorithm = True
 
-temporary_bytes = xla.temporary_bytes
+    def seconds(self, contraction: Contraction, spec: ConvSpec, device: Device) -> float:
+        """It becomes the same convolution as XLA's, by a longer way."""
+        return XLA.seconds(contraction, spec, device)
 
+    def temporary_bytes(self, contraction: Contraction, spec: ConvSpec) -> int:
+        return XLA.temporary_bytes(contraction, spec)
 
-def fprop(lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
-    return _each_group(xla.fprop, ("lhs", lhs), ("rhs", rhs), "out", spec)
+    def fprop(self, lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
+        return _each_group(XLA.fprop, ("lhs", lhs), ("rhs", rhs), "out", spec)
 
+    def dgrad(self, out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
+        return _each_group(XLA.dgrad, ("out", out), ("rhs", rhs), "lhs", spec)
 
-def dgrad(out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
-    return _each_group(xla.dgrad, ("out", out), ("rhs", rhs), "lhs", spec)
-
-
-def wgrad(lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
-    return _each_group(xla.wgrad, ("lhs", lhs), ("out", out), "rhs", spec)
+    def wgrad(self, lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
+        return _each_group(XLA.wgrad, ("lhs", lhs), ("out", out), "rhs", spec)
 
 
 def _each_group(

@@ -14,96 +14,101 @@ from jax import lax
 from jax.lax import conv_general_dilated  # By name, so that a program may replace it in jax.lax.
 
 from grouped_conv_jax.algorithms import costs, memory
+from grouped_conv_jax.algorithms.base import Algorithm
+from grouped_conv_jax.algorithms.devices import Device
 from grouped_conv_jax.spec import RESULT, Contraction, ConvSpec
 
 
-def supports(contraction: Contraction, spec: ConvSpec, platform: str) -> str | None:
-    return None
+class Xla(Algorithm):
+    """XLA's grouped convolution, with `feature_group_count`. It supports everything."""
 
+    takes_dot_algorithm = True
 
-def seconds(contraction: Contraction, spec: ConvSpec) -> float:
-    """One group is what XLA is good at, and every other way to compute it is a detour, but for a
-    matrix product. With groups, jax 0.12 computes 2 GFLOP/s for each feature of a group up to about
-    60 (jax 0.10 a third of that), half as much for the kernel's gradient, and a third in 64 bits.
-    """
-    if spec.feature_group_count == 1:
-        return costs.CALL + costs.flops(spec) / costs.convolution_rate(contraction, spec)
-    rate = min(60e9, 2e9 * min(spec.group_width))
-    if contraction == "wgrad":
-        rate /= 2
-    if spec.accumulator.itemsize > 4:
-        rate /= 3
-    return 2 * costs.CALL + costs.flops(spec) / rate
+    def seconds(self, contraction: Contraction, spec: ConvSpec, device: Device) -> float:
+        """One group is what XLA is good at, and every other way to compute it is a detour, but for
+        a matrix product. With groups, jax 0.12 computes 2 GFLOP/s for each feature of a group up to
+        about 60 (jax 0.10 a third of that), half as much for the kernel's gradient, and a third in
+        64 bits.
+        """
+        if spec.is_symbolic or device.platform != "cpu":
+            # XLA:GPU computes the feature groups of kernel gradients up to 800 times as slowly as
+            # cuDNN computes batch groups, and XLA:TPU up to 290 times by its own estimates.
+            is_slow = contraction == "wgrad" and spec.feature_group_count != 1
+            return 8.0 if is_slow else 1.0
+        if spec.feature_group_count == 1:
+            return costs.CALL + costs.flops(spec) / costs.convolution_rate(contraction, spec)
+        rate = min(60e9, 2e9 * min(spec.group_width))
+        if contraction == "wgrad":
+            rate /= 2
+        if spec.accumulator.itemsize > 4:
+            rate /= 3
+        return 2 * costs.CALL + costs.flops(spec) / rate
 
+    def temporary_bytes(self, contraction: Contraction, spec: ConvSpec) -> int:
+        """Returns the bytes of all arrays in the dtype of sums, where XLA:CPU converts or copies
+        them: for the kernel's gradient, floats of less than 32 bits and complex numbers.
+        """
+        if contraction != "wgrad" and memory.lax_bytes(contraction, spec) == 0:
+            return 0
+        itemsize = spec.accumulator.itemsize
+        return sum(memory.array_bytes(spec, role, itemsize) for role in ("lhs", "rhs", "out"))
 
-def temporary_bytes(contraction: Contraction, spec: ConvSpec) -> int:
-    """Returns the bytes of all arrays in the dtype of sums, where XLA:CPU converts or copies them:
-    for the kernel's gradient, floats of less than 32 bits and complex numbers.
-    """
-    if contraction != "wgrad" and memory.lax_bytes(contraction, spec) == 0:
-        return 0
-    itemsize = spec.accumulator.itemsize
-    return sum(memory.array_bytes(spec, role, itemsize) for role in ("lhs", "rhs", "out"))
+    def fprop(self, lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
+        """[N, (G C)] · [(G O), C] -> [N, (G O)]."""
+        return _convolve(
+            lhs,
+            rhs,
+            window_strides=spec.window_strides,
+            padding=spec.padding,
+            lhs_dilation=spec.lhs_dilation,
+            rhs_dilation=spec.rhs_dilation,
+            layouts=(spec.layout("lhs"), spec.layout("rhs"), spec.layout("out")),
+            contraction="fprop",
+            spec=spec,
+        )
 
+    def dgrad(self, out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
+        """[N, (G O)] · [(G C), O] -> [N, (G C)].
 
-def fprop(lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
-    """[N, (G C)] · [(G O), C] -> [N, (G O)]."""
-    return _convolve(
-        lhs,
-        rhs,
-        window_strides=spec.window_strides,
-        padding=spec.padding,
-        lhs_dilation=spec.lhs_dilation,
-        rhs_dilation=spec.rhs_dilation,
-        layouts=(spec.layout("lhs"), spec.layout("rhs"), spec.layout("out")),
-        contraction="fprop",
-        spec=spec,
-    )
+        `out`, dilated by the strides, with the kernel turned round, its groups moved from the
+        outputs to the inputs, and the two exchanged.
+        """
+        one = spec.one_group()
+        rhs = one.unfold("rhs", "G", rhs, spec.feature_group_count)
+        rhs = one.fold("rhs", "C", rhs, spec.group_dimension("rhs"))
+        return _convolve(
+            out,
+            lax.rev(rhs, spec.layout("rhs")[2:]),
+            window_strides=spec.lhs_dilation,
+            padding=spec.dgrad_padding,
+            lhs_dilation=spec.window_strides,
+            rhs_dilation=spec.rhs_dilation,
+            layouts=(spec.layout("out"), exchanged(spec.layout("rhs")), spec.layout("lhs")),
+            contraction="dgrad",
+            spec=spec,
+        )
 
+    def wgrad(self, lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
+        """[C, (G N)] · [(G O), N] -> [C, (G O)].
 
-def dgrad(out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
-    """[N, (G O)] · [(G C), O] -> [N, (G C)].
-
-    `out`, dilated by the strides, with the kernel turned round, its groups moved from the outputs
-    to the inputs, and the two exchanged.
-    """
-    one = spec.one_group()
-    rhs = one.unfold("rhs", "G", rhs, spec.feature_group_count)
-    rhs = one.fold("rhs", "C", rhs, spec.group_dimension("rhs"))
-    return _convolve(
-        out,
-        lax.rev(rhs, spec.layout("rhs")[2:]),
-        window_strides=spec.lhs_dilation,
-        padding=spec.dgrad_padding,
-        lhs_dilation=spec.window_strides,
-        rhs_dilation=spec.rhs_dilation,
-        layouts=(spec.layout("out"), exchanged(spec.layout("rhs")), spec.layout("lhs")),
-        contraction="dgrad",
-        spec=spec,
-    )
-
-
-def wgrad(lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
-    """[C, (G N)] · [(G O), N] -> [C, (G O)].
-
-    The batch is summed over, as the features were, and `out` is the kernel. lax's own kernel
-    gradient has batch groups here instead, [(G C), N]: XLA computes those as G times the work on
-    a CPU, and multiplies the result by the size of unused mesh axes when it partitions them.
-    """
-    one = spec.one_group()
-    lhs = one.unfold("lhs", "G", lhs, spec.feature_group_count)
-    lhs = one.fold("lhs", "N", lhs, spec.group_dimension("lhs"))
-    return _convolve(
-        lhs,
-        out,
-        window_strides=spec.rhs_dilation,
-        padding=spec.wgrad_padding,
-        lhs_dilation=spec.lhs_dilation,
-        rhs_dilation=spec.window_strides,
-        layouts=tuple(exchanged(spec.layout(role)) for role in ("lhs", "out", "rhs")),
-        contraction="wgrad",
-        spec=spec,
-    )
+        The batch is summed over, as the features were, and `out` is the kernel. lax's own kernel
+        gradient has batch groups here instead, [(G C), N]: XLA computes those as G times the work
+        on a CPU, and multiplies the result by the size of unused mesh axes when it partitions them.
+        """
+        one = spec.one_group()
+        lhs = one.unfold("lhs", "G", lhs, spec.feature_group_count)
+        lhs = one.fold("lhs", "N", lhs, spec.group_dimension("lhs"))
+        return _convolve(
+            lhs,
+            out,
+            window_strides=spec.rhs_dilation,
+            padding=spec.wgrad_padding,
+            lhs_dilation=spec.lhs_dilation,
+            rhs_dilation=spec.window_strides,
+            layouts=tuple(exchanged(spec.layout(role)) for role in ("lhs", "out", "rhs")),
+            contraction="wgrad",
+            spec=spec,
+        )
 
 
 def _convolve(

@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 
-from grouped_conv_jax.algorithms import check_name
+from grouped_conv_jax.algorithms import table
+from grouped_conv_jax.algorithms.table import Implementation
 from grouped_conv_jax.layers.calling import Call
 from grouped_conv_jax.layers.window import Window
 from grouped_conv_jax.operations import arguments
@@ -23,11 +24,11 @@ class Convolution:
     jit would compile equal layers again.
     """
 
-    implementation: str | None = None
+    implementation: Implementation = None
     preferred_element_type: Any = None
 
     def __post_init__(self):
-        check_name(self.implementation)
+        object.__setattr__(self, "implementation", table.parsed(self.implementation))
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         return grouped_conv(*args, **{**vars(self), **kwargs})

@@ -5,7 +5,8 @@ from typing import Any
 
 import jax
 
-from grouped_conv_jax.algorithms import check_name
+from grouped_conv_jax.algorithms import table
+from grouped_conv_jax.algorithms.table import Asked, Implementation
 from grouped_conv_jax.layers.convolution import check_features
 from grouped_conv_jax.layers.window import Window, for_each, window
 from grouped_conv_jax.operations import arguments
@@ -23,7 +24,7 @@ class Transposed:
     feature_group_count: int
     transpose_kernel: bool
     output_padding: tuple[int, ...]
-    implementation: str | None
+    implementation: Asked
 
     def kernel_shape(self, in_features: int, out_features: int) -> tuple[int, ...]:
         """(*taps, C, G * O), or with `transpose_kernel` (*taps, O, G * C)."""
@@ -65,14 +66,14 @@ def transposed(
     feature_group_count: Any,
     transpose_kernel: Any,
     output_padding: Any,
-    implementation: str | None,
+    implementation: Implementation,
 ) -> Transposed:
     """That of a layer with these arguments.
 
     Raises:
       ValueError, TypeError: one is wrong; the message says which and how to mend it.
     """
-    check_name(implementation)
+    asked = table.parsed(implementation)
     made = window(kernel_size, strides, padding, 1, kernel_dilation, TRANSPOSED)
     transpose_kernel = arguments.flag("transpose_kernel", transpose_kernel)
     return Transposed(
@@ -80,7 +81,7 @@ def transposed(
         arguments.group_count("feature_group_count", feature_group_count),
         transpose_kernel,
         for_each("output_padding", output_padding, made.kernel_size, default=0, least=0),
-        implementation,
+        asked,
     )
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen
 from flax.linen.dtypes import promote_dtype as flax_promote_dtype
 
+from grouped_conv_jax.algorithms.table import Implementation
 from grouped_conv_jax.layers import causal
 from grouped_conv_jax.layers.calling import Call, features_of
 from grouped_conv_jax.layers.convolution import check_features, convolved, sizes
@@ -75,7 +76,7 @@ class CausalConv(linen.Module):
     bias_init: Callable[..., Any] = linen.initializers.zeros_init()
     promote_dtype: Any = flax_promote_dtype
     preferred_element_type: Any = None
-    implementation: str | None = None
+    implementation: Implementation = None
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Convolves whole sequences, (*batch, time, in_features)."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen
 from flax.linen.dtypes import promote_dtype as flax_promote_dtype
 
+from grouped_conv_jax.algorithms.table import Implementation
 from grouped_conv_jax.layers.calling import features_of
 from grouped_conv_jax.layers.convolution import convolved, multiplied
 from grouped_conv_jax.layers.names import IN_LINEN, with_names
@@ -74,7 +75,7 @@ class DepthwiseConv(linen.Module):
     bias_init: Callable[..., Any] = linen.initializers.zeros_init()
     promote_dtype: Any = flax_promote_dtype
     preferred_element_type: Any = None
-    implementation: str | None = None
+    implementation: Implementation = None
 
     def __post_init__(self):
         # Here, since linen makes tuples of lists.

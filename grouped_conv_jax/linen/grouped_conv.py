@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from flax import linen
 
+from grouped_conv_jax.algorithms.table import Implementation
 from grouped_conv_jax.layers.calling import check_mask, features_of
 from grouped_conv_jax.layers.convolution import (
     Convolution,
@@ -54,7 +55,7 @@ class GroupedConv(linen.Conv):
     padding: LayerPadding = "SAME"
     feature_group_count: int = dataclasses.field(kw_only=True)
     preferred_element_type: Any = dataclasses.field(default=None, kw_only=True)
-    implementation: str | None = dataclasses.field(default=None, kw_only=True)
+    implementation: Implementation = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self):
         check_no_other_convolution(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax
 from flax import linen
 
+from grouped_conv_jax.algorithms.table import Implementation
 from grouped_conv_jax.layers.calling import features_of
 from grouped_conv_jax.layers.convolution import sizes
 from grouped_conv_jax.layers.names import IN_LINEN, with_names
@@ -54,7 +55,7 @@ class GroupedConvTranspose(linen.ConvTranspose):
     padding: LayerPadding = "SAME"
     feature_group_count: int = dataclasses.field(kw_only=True)
     output_padding: int | Sequence[int] | None = dataclasses.field(default=None, kw_only=True)
-    implementation: str | None = dataclasses.field(default=None, kw_only=True)
+    implementation: Implementation = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self):
         # Here, since linen makes tuples of lists.

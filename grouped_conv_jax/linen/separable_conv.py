@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen
 from flax.linen.dtypes import promote_dtype as flax_promote_dtype
 
+from grouped_conv_jax.algorithms.table import Implementation
 from grouped_conv_jax.layers.names import IN_LINEN, with_names
 from grouped_conv_jax.layers.window import LayerPadding, padding_of, window
 from grouped_conv_jax.linen.depthwise_conv import DepthwiseConv
@@ -78,7 +79,7 @@ class SeparableConv(linen.Module):
     bias_init: Callable[..., Any] = linen.initializers.zeros_init()
     promote_dtype: Any = flax_promote_dtype
     preferred_element_type: Any = None
-    implementation: str | None = None
+    implementation: Implementation = None
 
     def __post_init__(self):
         # Here, since linen makes tuples of lists.

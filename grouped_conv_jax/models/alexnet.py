@@ -17,6 +17,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
 from jax.typing import DTypeLike
 
+from grouped_conv_jax.algorithms.table import Implementation
 from grouped_conv_jax.models.alexnet_config import POOL_SIZE, POOL_STRIDE, AlexNetConfig, Step
 from grouped_conv_jax.nnx import GroupedConv
 
@@ -61,7 +62,7 @@ class AlexNet(nnx.Module):
         dtype: DTypeLike | None = None,
         axis_name: str = "group",
         axis_size: int | None = None,
-        implementation: str | None = None,
+        implementation: Implementation = None,
         rngs: nnx.Rngs,
     ):
         config.check()

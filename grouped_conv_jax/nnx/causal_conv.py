@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from grouped_conv_jax.algorithms.table import Implementation
 from grouped_conv_jax.layers import causal
 from grouped_conv_jax.layers.names import IN_NNX, with_names
 from grouped_conv_jax.nnx.grouped_conv import GroupedConv
@@ -66,7 +67,7 @@ class CausalConv(GroupedConv):
         *,
         kernel_dilation: int | Sequence[int] | None = 1,
         feature_group_count: int | None = None,
-        implementation: str | None = None,
+        implementation: Implementation = None,
         rngs: nnx.Rngs,
         **kwargs: Any,
     ):

@@ -5,6 +5,7 @@ from typing import Any
 
 from flax import nnx
 
+from grouped_conv_jax.algorithms.table import Implementation
 from grouped_conv_jax.layers.convolution import multiplied, sizes
 from grouped_conv_jax.layers.names import IN_NNX, with_names
 from grouped_conv_jax.nnx.grouped_conv import GroupedConv
@@ -59,7 +60,7 @@ class DepthwiseConv(GroupedConv):
         strides: int | Sequence[int] | None = 1,
         *,
         channel_multiplier: int = 1,
-        implementation: str | None = None,
+        implementation: Implementation = None,
         rngs: nnx.Rngs,
         **kwargs: Any,
     ):

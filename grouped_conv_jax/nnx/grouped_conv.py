@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from grouped_conv_jax.algorithms.table import Implementation
 from grouped_conv_jax.layers.calling import check_mask
 from grouped_conv_jax.layers.convolution import (
     Convolution,
@@ -70,7 +71,7 @@ class GroupedConv(nnx.Conv):
         input_dilation: int | Sequence[int] | None = 1,
         kernel_dilation: int | Sequence[int] | None = 1,
         feature_group_count: int,
-        implementation: str | None = None,
+        implementation: Implementation = None,
         rngs: nnx.Rngs,
         **kwargs: Any,
     ):
@@ -104,7 +105,7 @@ class GroupedConv(nnx.Conv):
     @conv_general_dilated.setter
     def conv_general_dilated(self, function: Any) -> None:
         check_no_other_convolution(type(self).__name__, conv_general_dilated=function)
-        self.implementation: str | None = function.implementation
+        self.implementation: Implementation = function.implementation
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Convolves `inputs`, (*batch, *spatial, in_features); `out_sharding` as in `nnx.Conv`."""

@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 from flax.nnx.nn.linear import default_kernel_init
 
+from grouped_conv_jax.algorithms.table import Implementation
 from grouped_conv_jax.layers.calling import check_mask
 from grouped_conv_jax.layers.convolution import check_elements, sizes
 from grouped_conv_jax.layers.names import IN_NNX, with_names
@@ -76,7 +77,7 @@ class GroupedConvTranspose(nnx.ConvTranspose):
         feature_group_count: int,
         transpose_kernel: bool = False,
         output_padding: int | Sequence[int] | None = None,
-        implementation: str | None = None,
+        implementation: Implementation = None,
         kernel_init: Callable[..., Any] = default_kernel_init,
         rngs: nnx.Rngs,
         **kwargs: Any,

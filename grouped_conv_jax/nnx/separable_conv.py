@@ -9,6 +9,7 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype as flax_promote_dtype
 from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 
+from grouped_conv_jax.algorithms.table import Implementation
 from grouped_conv_jax.layers.names import IN_NNX, with_names
 from grouped_conv_jax.layers.window import LayerPadding
 from grouped_conv_jax.nnx.depthwise_conv import DepthwiseConv
@@ -89,7 +90,7 @@ class SeparableConv(nnx.Module):
         bias_init: nnx.Initializer = default_bias_init,
         promote_dtype: Any = flax_promote_dtype,
         preferred_element_type: Any = None,
-        implementation: str | None = None,
+        implementation: Implementation = None,
         rngs: nnx.Rngs,
         depthwise_metadata: Mapping[str, Any] | None = None,
         pointwise_metadata: Mapping[str, Any] | None = None,

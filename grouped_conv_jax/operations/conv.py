@@ -8,7 +8,8 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from grouped_conv_jax.algorithms import check_name
+from grouped_conv_jax.algorithms import table
+from grouped_conv_jax.algorithms.table import Implementation
 from grouped_conv_jax.operations import arguments
 from grouped_conv_jax.operations.forward import forward
 from grouped_conv_jax.operations.padding import PaddingLike
@@ -31,7 +32,7 @@ def grouped_conv(
     preferred_element_type: DTypeLike | None = None,
     out_sharding: NamedSharding | PartitionSpec | None = None,
     *,
-    implementation: str | None = None,
+    implementation: Implementation = None,
 ) -> jax.Array:
     r"""Grouped convolution of any rank and layout, in place of `jax.lax.conv_general_dilated`.
 
@@ -68,8 +69,9 @@ def grouped_conv(
       preferred_element_type: dtype of the result and of the accumulation.
       out_sharding: the sharding of the result where mesh axes are Explicit.
       implementation: a name from `implementations()`, for this convolution and its gradients, or
-        None to choose each contraction's by platform and shapes. An explicit name never falls
-        back to another one.
+        None to choose each contraction's by platform and shapes. A mapping such as
+        `{"fprop": "taps"}` names those of some contractions ("fprop", "dgrad", "wgrad"), and the
+        others are chosen. An explicit name never falls back to another one.
 
     Returns:
       The output: N, G * O and n spatial dimensions, in the layout of the third string.
@@ -98,7 +100,7 @@ def grouped_conv(
       Transformations for Deep Neural Networks", 2017 (many groups); Chollet, "Xception", 2017
       (a group for each feature).
     """
-    check_name(implementation)
+    asked = table.parsed(implementation)
     call = forward(
         lhs,
         rhs,
@@ -121,6 +123,6 @@ def grouped_conv(
         rhs,
         contraction="fprop",
         spec=call.spec,
-        implementation=implementation,
+        implementation=asked,
         out_sharding=sharding,
     )

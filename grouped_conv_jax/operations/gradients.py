@@ -9,7 +9,8 @@ from jax.core import ShapedArray
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from grouped_conv_jax.algorithms import check_name
+from grouped_conv_jax.algorithms import table
+from grouped_conv_jax.algorithms.table import Implementation
 from grouped_conv_jax.operations import arguments
 from grouped_conv_jax.operations.forward import Forward, forward
 from grouped_conv_jax.operations.padding import PaddingLike
@@ -38,7 +39,7 @@ def grouped_conv_input_grad(
     preferred_element_type: DTypeLike | None = None,
     out_sharding: NamedSharding | PartitionSpec | None = None,
     *,
-    implementation: str | None = None,
+    implementation: Implementation = None,
 ) -> jax.Array:
     r"""The gradient of a grouped convolution in its input, from that of its output.
 
@@ -81,7 +82,7 @@ def grouped_conv_input_grad(
       >>> grouped_conv_input_grad(shape, w, dy, (1, 1), "SAME", feature_group_count=2).shape
       (8, 4, 32, 32)
     """
-    check_name(implementation)
+    asked = table.parsed(implementation)
     rhs_type = arguments.array_type("rhs", rhs)
     lhs = ShapedArray(arguments.shape("lhs_shape", lhs_shape), rhs_type.dtype)
     call = forward(
@@ -108,7 +109,7 @@ def grouped_conv_input_grad(
         rhs,
         contraction="dgrad",
         spec=call.spec,
-        implementation=implementation,
+        implementation=asked,
         out_sharding=sharding_of_result("dgrad", call.spec, given, rhs_type, inner),
     )
     return _of_lhs(gradient, lhs.shape, call, wanted) if call.changes_lhs else gradient
@@ -144,7 +145,7 @@ def grouped_conv_kernel_grad(
     preferred_element_type: DTypeLike | None = None,
     out_sharding: NamedSharding | PartitionSpec | None = None,
     *,
-    implementation: str | None = None,
+    implementation: Implementation = None,
 ) -> jax.Array:
     r"""The gradient of a grouped convolution in its kernel, from that of its output.
 
@@ -186,7 +187,7 @@ def grouped_conv_kernel_grad(
       >>> grouped_conv_kernel_grad(x, (6, 2, 3, 3), dy, (1, 1), "SAME", feature_group_count=2).shape
       (6, 2, 3, 3)
     """
-    check_name(implementation)
+    asked = table.parsed(implementation)
     lhs_type = arguments.array_type("lhs", lhs)
     call = forward(
         lhs_type,
@@ -209,7 +210,7 @@ def grouped_conv_kernel_grad(
         cotangent,
         contraction="wgrad",
         spec=call.spec,
-        implementation=implementation,
+        implementation=asked,
         out_sharding=sharding_of_result(
             "wgrad", call.spec, jax.typeof(prepared), given, out_sharding
         ),

@@ -13,7 +13,8 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from grouped_conv_jax.algorithms import check_name
+from grouped_conv_jax.algorithms import table
+from grouped_conv_jax.algorithms.table import Implementation
 from grouped_conv_jax.operations import arguments
 from grouped_conv_jax.operations.conv import grouped_conv
 from grouped_conv_jax.operations.forward import forward
@@ -38,7 +39,7 @@ def grouped_conv_mixed(
     preferred_element_type: DTypeLike | None = None,
     *,
     out_sharding: NamedSharding | PartitionSpec | None = None,
-    implementation: str | None = None,
+    implementation: Implementation = None,
 ) -> jax.Array:
     r"""Convolves each part of the features with a kernel of its own, of any size.
 
@@ -90,7 +91,7 @@ def grouped_conv_mixed(
     References:
       Tan and Le, "MixConv: Mixed Depthwise Convolutional Kernels", 2019.
     """
-    check_name(implementation)
+    table.parsed(implementation)
     like = arguments.array_type("lhs", lhs)
     kernels = _kernel_types(rhs, like)
     numbers = arguments.layout(like.shape, kernels[0].shape, dimension_numbers)

@@ -13,6 +13,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
+from grouped_conv_jax.algorithms.table import Implementation
 from grouped_conv_jax.operations import arguments
 from grouped_conv_jax.operations.conv import grouped_conv
 from grouped_conv_jax.operations.forward import forward
@@ -39,7 +40,7 @@ def streaming_conv(
     preferred_element_type: DTypeLike | None = None,
     *,
     out_sharding: NamedSharding | PartitionSpec | None = None,
-    implementation: str | None = None,
+    implementation: Implementation = None,
 ) -> tuple[jax.Array, jax.Array]:
     r"""Causal grouped convolution of the next chunk of a sequence.
 

@@ -10,7 +10,8 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from grouped_conv_jax.algorithms import check_name
+from grouped_conv_jax.algorithms import table
+from grouped_conv_jax.algorithms.table import Implementation
 from grouped_conv_jax.incidence import extent, out_size
 from grouped_conv_jax.operations import arguments
 from grouped_conv_jax.operations.padding import TRANSPOSED, Geometry, PaddingLike, extension, pads
@@ -42,7 +43,7 @@ def grouped_conv_transpose(
     *,
     output_padding: Sequence[int] | None = None,
     out_sharding: NamedSharding | PartitionSpec | None = None,
-    implementation: str | None = None,
+    implementation: Implementation = None,
 ) -> jax.Array:
     r"""Transposed convolution (fractionally strided) in groups, in place of `lax.conv_transpose`.
 
@@ -102,7 +103,7 @@ def grouped_conv_transpose(
       Zeiler, Krishnan, Taylor and Fergus, "Deconvolutional Networks", 2010; Dumoulin and Visin, "A
       guide to convolution arithmetic for deep learning", 2016.
     """
-    check_name(implementation)
+    asked = table.parsed(implementation)
     transpose_kernel = arguments.flag("transpose_kernel", transpose_kernel)
     groups = arguments.group_count("feature_group_count", feature_group_count)
     lhs_type, rhs_type = arguments.array_type("lhs", lhs), arguments.array_type("rhs", rhs)
@@ -157,7 +158,7 @@ def grouped_conv_transpose(
         *operands,
         contraction="dgrad",
         spec=spec,
-        implementation=implementation,
+        implementation=asked,
         out_sharding=sharding,
     )
 

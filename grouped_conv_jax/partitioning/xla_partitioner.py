@@ -28,15 +28,17 @@ import jax
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from grouped_conv_jax.algorithms import choice, unsupported
+from grouped_conv_jax.algorithms import choice
+from grouped_conv_jax.algorithms.devices import Device
+from grouped_conv_jax.algorithms.table import unsupported
 from grouped_conv_jax.partitioning.halo import Halo
 from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec, Role
 
 FEW_TAPS = 128
 """More taps take longer to compile as products of their own than as a loop."""
 
-Algorithm = Callable[[jax.Array, jax.Array, ConvSpec], jax.Array]
-"""One contraction by one implementation, as in `algorithms`."""
+Compute = Callable[[jax.Array, jax.Array, ConvSpec], jax.Array]
+"""Computes one contraction by one implementation."""
 
 
 def resolve(
@@ -44,7 +46,7 @@ def resolve(
     contraction: Contraction,
     spec: ConvSpec,
     mesh: Mesh,
-    platform: str,
+    device: Device,
     is_export: bool = False,
 ) -> str:
     """Returns the implementation that was asked for, or `choose`s one.
@@ -53,22 +55,23 @@ def resolve(
       NotImplementedError: the implementation that was asked for does not do this.
     """
     if implementation is None:
-        return choose(contraction, spec, mesh)
+        return choose(contraction, spec, mesh, device)
 
     def reason_against(name: str) -> str | None:
-        reason = unsupported(name, contraction, spec, platform, is_export)
+        reason = unsupported(name, contraction, spec, device, is_export)
         return reason or miscomputed(name, contraction, spec, mesh)
 
-    return choice.required(implementation, contraction, platform, reason_against)
+    return choice.required(implementation, contraction, device, reason_against)
 
 
-def choose(contraction: Contraction, spec: ConvSpec, mesh: Mesh) -> str:
+def choose(contraction: Contraction, spec: ConvSpec, mesh: Mesh, device: Device) -> str:
     """Returns the implementation for a contraction that XLA divides.
 
     Args:
       contraction: the contraction.
       spec: the whole convolution, without mapped axes.
       mesh: the devices that XLA divides it over.
+      device: the kind of these devices.
     """
     if spec.feature_group_count == 1:
         return "xla"
@@ -82,7 +85,7 @@ def choose(contraction: Contraction, spec: ConvSpec, mesh: Mesh) -> str:
     # None of these is a grouped convolution. The first multiplies, the others have loops.
     if math.prod(spec.spatial_shape("rhs")) <= FEW_TAPS:
         return "einsum"
-    return "dense" if unsupported("taps", contraction, spec, "tpu") else "taps"
+    return "dense" if unsupported("taps", contraction, spec, device) else "taps"
 
 
 def miscomputed(name: str, contraction: Contraction, spec: ConvSpec, mesh: Mesh) -> str | None:
@@ -118,16 +121,16 @@ def _is_degenerate(contraction: Contraction, spec: ConvSpec) -> bool:
     return 1 in sizes or any(kernel > image for kernel, image in extents)
 
 
-def constrained(algorithm: Algorithm, contraction: Contraction, mesh: Mesh) -> Algorithm:
-    """Returns an algorithm in which XLA does not shard what it would divide wrongly."""
+def constrained(compute: Compute, contraction: Contraction, mesh: Mesh) -> Compute:
+    """Returns a computation in which XLA does not shard what it would divide wrongly."""
     first_role, second_role = OPERANDS[contraction]
 
-    def compute(first: jax.Array, second: jax.Array, spec: ConvSpec) -> jax.Array:
+    def closed(first: jax.Array, second: jax.Array, spec: ConvSpec) -> jax.Array:
         first = _closed(first_role, first, spec, mesh)
         second = _closed(second_role, second, spec, mesh)
-        return _closed(RESULT[contraction], algorithm(first, second, spec), spec, mesh)
+        return _closed(RESULT[contraction], compute(first, second, spec), spec, mesh)
 
-    return compute
+    return closed
 
 
 def _closed(role: Role, x: jax.Array, spec: ConvSpec, mesh: Mesh) -> jax.Array:

@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 
 import jax
 
-from grouped_conv_jax.algorithms import TABLE, ranking
-from grouped_conv_jax.algorithms.devices import DeviceKind
+from grouped_conv_jax.algorithms import ranking
+from grouped_conv_jax.algorithms.devices import Device
 from grouped_conv_jax.algorithms.ranking import Choices, Subject, digest, spec_key
+from grouped_conv_jax.algorithms.table import TABLE
 from grouped_conv_jax.spec import Contraction, ConvSpec
 from grouped_conv_jax.text import aligned
 from grouped_conv_jax.tuning import tuning_file
@@ -78,7 +79,7 @@ class Tuning:
         return Tuning((*self.measurements, *other.measurements))
 
     def seconds(
-        self, contraction: Contraction, spec: ConvSpec, device: DeviceKind
+        self, contraction: Contraction, spec: ConvSpec, device: Device
     ) -> dict[str, float | None]:
         """What was measured of each implementation: None if it failed, nothing if it was not."""
         return dict(self._seconds.get(Subject(device, contraction, spec_key(spec)), ()))
@@ -132,7 +133,7 @@ class Tuning:
           FileNotFoundError: there is no file.
         """
         measurements, reasons = tuning_file.load(path)
-        here = DeviceKind.of(jax.local_devices()[0])
+        here = Device.of(jax.local_devices()[0])
         if measurements and all(m.subject.device != here for m in measurements):
             others = " and ".join(sorted({_full_name(m.subject.device) for m in measurements}))
             reasons = [*reasons, f"measured on {others}, and this is {here}"]
@@ -153,9 +154,11 @@ class Tuning:
         return "\n\n".join(_table(device, tuple(group)) for device, group in groups)
 
 
-def _table(device: DeviceKind, measurements: Sequence[Measurement]) -> str:
+def _table(device: Device, measurements: Sequence[Measurement]) -> str:
     """Returns the measurements on one kind of device, under a line that names it."""
-    names = [n for n in TABLE if any(n in dict(m.seconds) for m in measurements)]
+    measured = dict.fromkeys(name for m in measurements for name, _ in m.seconds)
+    order = list(TABLE)
+    names = sorted(measured, key=lambda name: (order.index(name.partition(":")[0]), name))
     table = [["contraction", *(f"{name} ms" for name in names), "spec"]]
     for m in measurements:
         times = [_milliseconds(dict(m.seconds), name) for name in names]
@@ -163,7 +166,7 @@ def _table(device: DeviceKind, measurements: Sequence[Measurement]) -> str:
     return "\n".join([f"{device}:", *aligned(table, numbers=table[0][1:-1])])
 
 
-def _full_name(device: DeviceKind) -> str:
+def _full_name(device: Device) -> str:
     """Returns the name of a kind of device for a message."""
     # Older files have JAX's kind of a CPU, which is "cpu" for all processors.
     return "a CPU that is not named" if device == ("cpu", "cpu") else str(device)

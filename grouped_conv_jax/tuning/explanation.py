@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from grouped_conv_jax.algorithms import TABLE, choice, unsupported
-from grouped_conv_jax.algorithms.devices import DeviceKind
-from grouped_conv_jax.algorithms.ranking import runs_unasked
+from grouped_conv_jax.algorithms import choice
+from grouped_conv_jax.algorithms.devices import Device
+from grouped_conv_jax.algorithms.table import TABLE, unsupported
 from grouped_conv_jax.partitioning import xla_partitioner
 from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec
 from grouped_conv_jax.text import aligned
@@ -42,7 +42,7 @@ class Row:
 
     contraction: Contraction
     spec: ConvSpec
-    device: DeviceKind
+    device: Device
     times: int
     implementation: str
     is_chosen: bool
@@ -147,22 +147,24 @@ def explain(*args: Any, tuning: Tuning | None = None, **kwargs: Any) -> Explanat
 
 def _rows(o: Occurrence, tuning: Tuning | None) -> tuple[Row, ...]:
     """One for each implementation."""
-    contraction, spec, platform = o.contraction, o.spec, o.device.platform
+    contraction, spec, device = o.contraction, o.spec, o.device
     measured = {} if tuning is None else tuning.seconds(contraction, spec, o.device)
     if o.implementation is not None:
         chosen = o.implementation
     elif o.divided_over is not None:
-        chosen = xla_partitioner.choose(contraction, spec, o.divided_over)
+        chosen = xla_partitioner.choose(contraction, spec, o.divided_over, device)
     else:
-        chosen = choice.resolve(None, contraction, spec, platform, o.choices, o.device)
+        chosen = choice.resolve(None, contraction, spec, device, o.choices)
 
     def row(name: str) -> Row:
-        reason = unsupported(name, contraction, spec, platform)
+        algorithm = TABLE[name.partition(":")[0]]
+        reason = unsupported(name, contraction, spec, device)
         if reason is None and o.divided_over is not None:
             reason = xla_partitioner.miscomputed(name, contraction, spec, o.divided_over)
         expected = math.inf
         if reason is None:
-            expected = choice.expected_seconds(name, contraction, spec, platform)
+            if device.platform == "cpu":  # Elsewhere only ratios are known.
+                expected = algorithm.seconds(contraction, spec, device)
             if name in measured and measured[name] is None:
                 reason = "it failed when it was measured"
         return Row(
@@ -174,13 +176,16 @@ def _rows(o: Occurrence, tuning: Tuning | None) -> tuple[Row, ...]:
             is_chosen=name == chosen,
             is_asked_for=name == o.implementation,
             reason=reason,
-            runs_unasked=reason is None and runs_unasked(name, contraction, spec),
+            runs_unasked=reason is None and algorithm.runs_unasked,
             expected_seconds=expected if math.isfinite(expected) else None,
             measured_seconds=measured.get(name),
             divided_by_xla=o.divided_over is not None,
         )
 
-    return tuple(map(row, TABLE))
+    names = list(TABLE)
+    # With a config, a name is listed where it is asked for, was measured or is chosen.
+    names += [name for name in dict.fromkeys((*measured, chosen)) if name not in TABLE]
+    return tuple(map(row, names))
 
 
 # As text.

@@ -14,9 +14,10 @@ from jax.core import Tracer
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import AbstractMesh, AxisType, Mesh, Sharding
 
-from grouped_conv_jax.algorithms.devices import DeviceKind, check_one_platform
+from grouped_conv_jax.algorithms.devices import Device, check_one_platform
 from grouped_conv_jax.algorithms.ranking import Choices
 from grouped_conv_jax.algorithms.recording import Equation, Watch, watching
+from grouped_conv_jax.algorithms.table import asked_for
 from grouped_conv_jax.primitive import grouped_conv_p
 from grouped_conv_jax.spec import Contraction, ConvSpec
 from grouped_conv_jax.tuning import calls
@@ -43,7 +44,7 @@ class Occurrence:
     spec: ConvSpec
     implementation: str | None
     choices: Choices | None
-    device: DeviceKind
+    device: Device
     times: int = 0
     divided_over: Mesh | None = None
 
@@ -58,12 +59,12 @@ def occurrences(
     arrays, traced_call = calls.traced(Call(function, tuple(args), dict(kwargs)))
     devices = _devices(arrays, traced_call.jaxpr)
     check_one_platform(devices)
-    here = DeviceKind.of(devices[0])
+    here = Device.of(devices[0])
     settled: Counter[Equation] = Counter()
     shared: Counter[Equation] = Counter()
     are_several = max(len(devices), jax.device_count()) > 1
     _count(traced_call.jaxpr, 1, settled, shared if are_several else settled)
-    found: list[tuple[Equation, ConvSpec, DeviceKind, Mesh | None, int]]
+    found: list[tuple[Equation, ConvSpec, Device, Mesh | None, int]]
     found = [(equation, equation.spec, here, None, times) for equation, times in settled.items()]
     found += _compiled(traced_call, shared, here)
     total: Counter[Occurrence] = Counter()
@@ -72,7 +73,7 @@ def occurrences(
             occurrence = Occurrence(
                 contraction,
                 spec.merged(),
-                implementation,
+                asked_for(implementation, contraction),
                 choices,
                 device,
                 divided_over=divided_over,
@@ -95,8 +96,8 @@ def _count(jaxpr: Any, times: int, settled: Counter[Equation], shared: Counter[E
 
 
 def _compiled(
-    traced: Any, shared: Counter[Equation], here: DeviceKind
-) -> Iterator[tuple[Equation, ConvSpec, DeviceKind, Mesh | None, int]]:
+    traced: Any, shared: Counter[Equation], here: Device
+) -> Iterator[tuple[Equation, ConvSpec, Device, Mesh | None, int]]:
     """What becomes of the equations that devices may share."""
     if not shared:
         return
@@ -110,7 +111,7 @@ def _compiled(
         # What is lowered once for many places, or iterated, is seen once. Where the same equation
         # is shared in two ways, the places are what there is.
         times = shared[equation] if kinds[equation] == 1 else seen
-        yield equation, spec, device or here, divided_over, times
+        yield equation, spec, device if device.is_known else here, divided_over, times
 
 
 def _devices(arrays: Sequence[Any], jaxpr: Any) -> list[Any]:

@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grouped_conv_jax.algorithms import TABLE, choice, unsupported
-from grouped_conv_jax.algorithms.devices import DeviceKind
+from grouped_conv_jax.algorithms import choice
+from grouped_conv_jax.algorithms.devices import Device
 from grouped_conv_jax.algorithms.ranking import Subject, spec_key
+from grouped_conv_jax.algorithms.table import TABLE, compute, unsupported, variants
 from grouped_conv_jax.operations import arguments
 from grouped_conv_jax.spec import OPERANDS, Contraction, ConvSpec, Role
 from grouped_conv_jax.tuning import calls
@@ -84,7 +85,7 @@ def tune(*args: Any, repeats: int = 10, **kwargs: Any) -> Tuning:
       ...     dx, dw = step(x, w)
     """
     repeats = arguments.group_count("repeats", repeats)
-    measured: dict[tuple[DeviceKind, Contraction, ConvSpec], Measurement] = {}
+    measured: dict[tuple[Device, Contraction, ConvSpec], Measurement] = {}
     divided_by_xla = 0
     for o in occurrences(*calls.parsed(args, kwargs)):
         key = o.device, o.contraction, o.spec
@@ -103,13 +104,11 @@ def tune(*args: Any, repeats: int = 10, **kwargs: Any) -> Tuning:
     return Tuning(tuple(measured.values()))
 
 
-def _measure(
-    kind: DeviceKind, contraction: Contraction, spec: ConvSpec, repeats: int
-) -> Measurement:
-    platform, device = kind.platform, _device_here(kind)
+def _measure(kind: Device, contraction: Contraction, spec: ConvSpec, repeats: int) -> Measurement:
+    device = _device_here(kind)
     subject = Subject(kind, contraction, spec_key(spec))
-    first = choice.choose(contraction, spec, platform)
-    names = _different(contraction, spec, platform)
+    first = choice.choose(contraction, spec, kind)
+    names = _different(contraction, spec, kind)
     seconds: dict[str, float | None] = {}
     runs: dict[str, Callable[[], Any]] = {}
     with _alone(spec):
@@ -117,7 +116,7 @@ def _measure(
         # What is probably fast first, so that there is a measure of what is slow.
         for name in sorted(names, key=lambda n: n != first):
             try:
-                run = _compiled(name, contraction, spec, operands)
+                run = _compiled(name, contraction, spec, kind, operands)
                 seconds[name] = _first_time(run, min(filter(None, seconds.values()), default=None))
             except Exception as error:
                 seconds[name] = None
@@ -128,25 +127,28 @@ def _measure(
     return Measurement.of(subject, seconds)
 
 
-def _device_here(kind: DeviceKind) -> Any:
+def _device_here(kind: Device) -> Any:
     """Returns a device of a kind that this process has.
 
     Raises:
       RuntimeError: this process has none.
     """
     try:
-        return kind.device()
+        return kind.find()
     except RuntimeError as missing:
         raise RuntimeError(f"tune runs what it measures, and {missing}") from None
 
 
-def _different(contraction: Contraction, spec: ConvSpec, platform: str) -> list[str]:
-    """Those that support this, of several with the same function the first."""
-    names: dict[Callable, str] = {}
-    for name in TABLE:
-        if unsupported(name, contraction, spec, platform) is None:
-            names.setdefault(getattr(TABLE[name], contraction), name)
-    return list(names.values())
+def _different(contraction: Contraction, spec: ConvSpec, device: Device) -> list[str]:
+    """Returns the implementations that support this, with each of their configs; of several with
+    the same function the first.
+    """
+    names: dict[Callable, list[str]] = {}
+    for name, algorithm in TABLE.items():
+        if unsupported(name, contraction, spec, device) is None:
+            function = getattr(type(algorithm), contraction)
+            names.setdefault(function, variants(name, contraction, spec, device))
+    return [variant for group in names.values() for variant in group]
 
 
 def _warn(name: str, subject: Subject, error: Exception) -> None:
@@ -159,12 +161,16 @@ def _warn(name: str, subject: Subject, error: Exception) -> None:
 
 
 def _compiled(
-    name: str, contraction: Contraction, spec: ConvSpec, operands: Sequence[jax.Array]
+    name: str,
+    contraction: Contraction,
+    spec: ConvSpec,
+    device: Device,
+    operands: Sequence[jax.Array],
 ) -> Callable[[], Any]:
-    def compute(first: jax.Array, second: jax.Array) -> jax.Array:
-        return getattr(TABLE[name], contraction)(first, second, spec)
+    def run(first: jax.Array, second: jax.Array) -> jax.Array:
+        return compute(name, contraction, first, second, spec, device)
 
-    return functools.partial(jax.jit(compute).lower(*operands).compile(), *operands)
+    return functools.partial(jax.jit(run).lower(*operands).compile(), *operands)
 
 
 def _first_time(run: Callable[[], Any], best: float | None) -> float:

@@ -20,9 +20,9 @@ from typing import Any, get_args
 import jax
 from jaxlib import version as jaxlib
 
-from grouped_conv_jax.algorithms import TABLE
-from grouped_conv_jax.algorithms.devices import DeviceKind
+from grouped_conv_jax.algorithms.devices import Device
 from grouped_conv_jax.algorithms.ranking import Subject
+from grouped_conv_jax.algorithms.table import find
 from grouped_conv_jax.spec import Contraction
 from grouped_conv_jax.tuning.measurement import Measurement
 from grouped_conv_jax.version import __version__
@@ -99,7 +99,7 @@ def _invalid(entry: Stored) -> str | None:
     """Why a measurement is not to be used here; None if it is."""
     if dict(entry.versions) != VERSIONS:
         return "made with " + ", ".join(f"{name} {version}" for name, version in entry.versions)
-    if unknown := [name for name, _ in entry.measurement.seconds if name not in TABLE]:
+    if unknown := [name for name, _ in entry.measurement.seconds if find(name) is None]:
         return f"with unknown implementations ({', '.join(unknown)})"
     return None
 
@@ -156,7 +156,7 @@ def _from_json(entry: Any) -> Stored | None:
         or not all(time is None or _is_time(time) for time in seconds.values())
     ):
         return None
-    device = DeviceKind(entry["platform"], entry["device_kind"])
+    device = Device(entry["platform"], entry["device_kind"])
     subject = Subject(device, entry["contraction"], entry["spec"])
     versions = tuple((name, entry[name]) for name in VERSIONS)
     return Stored(Measurement.of(subject, seconds), versions)

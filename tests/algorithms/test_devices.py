@@ -11,23 +11,23 @@ import pytest
 
 from grouped_conv_jax import native
 from grouped_conv_jax.algorithms import processor
-from grouped_conv_jax.algorithms.devices import DeviceKind
+from grouped_conv_jax.algorithms.devices import Device
 
 X86 = "processor\t: {}\nmodel name\t: {}\ncpu family\t: 6\nmodel\t\t: 85\n\n"
 ARM = "processor\t: {}\nCPU implementer\t: 0x41\nCPU variant\t: 0x3\nCPU part\t: {}\n\n"
 
 
-def here() -> DeviceKind:
-    return DeviceKind.of(jax.devices("cpu")[0])
+def here() -> Device:
+    return Device.of(jax.devices("cpu")[0])
 
 
 @pytest.fixture
 def anew():
     """Reads the name and the cores again, in the test and after it."""
-    for cached in (processor.name, processor._cores):
+    for cached in (processor.name, processor.cores):
         cached.cache_clear()
     yield
-    for cached in (processor.name, processor._cores):
+    for cached in (processor.name, processor.cores):
         cached.cache_clear()
 
 
@@ -99,11 +99,11 @@ def test_a_cpu_has_its_processor_instructions_and_threads():
     assert kind.kind.startswith(f"{processor.name()}, {instructions}, {threads} thread")
     assert str(kind) == f"{kind.kind} (cpu)"
     assert kind.short == "cpu"
-    assert {DeviceKind.of(device) for device in jax.devices("cpu")} == {kind}
-    assert kind.device().platform == "cpu"
-    assert DeviceKind("tpu", "TPU v9").short == "TPU v9 (tpu)"
+    assert {Device.of(device) for device in jax.devices("cpu")} == {kind}
+    assert kind.find().platform == "cpu"
+    assert Device("tpu", "TPU v9").short == "TPU v9 (tpu)"
     with pytest.raises(RuntimeError, match="no device of the kind cpu"):
-        DeviceKind("cpu", "cpu").device()
+        Device("cpu", "cpu").find()
 
 
 @pytest.mark.skipif(len(native.instruction_sets()) < 2, reason="there is one instruction set only")
@@ -128,13 +128,13 @@ def test_without_kernels_the_kind_says_so(monkeypatch):
 PROGRAM = """
 import jax, pathlib
 from grouped_conv_jax.algorithms import processor
-from grouped_conv_jax.algorithms.devices import DeviceKind
+from grouped_conv_jax.algorithms.devices import Device
 
 jax.block_until_ready(jax.jit(lambda x: x @ x)(jax.numpy.ones((64, 64))))
 tasks = pathlib.Path("/proc/self/task").glob("*/comm")
 print(sum("XLAEigen" in task.read_text() for task in tasks))
 print(processor.threads(jax.local_device_count()))
-print(DeviceKind.of(jax.devices()[0]).kind)
+print(Device.of(jax.devices()[0]).kind)
 """
 
 

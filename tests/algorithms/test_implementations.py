@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import types
 
 import chex
 import jax
@@ -11,21 +10,18 @@ import numpy as np
 import pytest
 from cases import CASES, IMPLEMENTATIONS, every_case, named, representative_cases
 from comparison import value_and_gradients
+from fake_algorithms import CPU, algorithm
 from jaxprs import convolutions
 
 import grouped_conv_jax
 from grouped_conv_jax import implementations, native
-from grouped_conv_jax.algorithms import TABLE, choice, unsupported, xla
+from grouped_conv_jax.algorithms import Device, choice
+from grouped_conv_jax.algorithms.table import TABLE, unsupported
+from grouped_conv_jax.algorithms.xla import Xla
 
 CONTRACTIONS = ("fprop", "dgrad", "wgrad")
+XLA = Xla()
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-
-
-def module(**functions) -> types.ModuleType:
-    """An implementation that supports everything that it has, but for what is said here."""
-    fake = types.ModuleType("fake")
-    fake.__dict__.update({"supports": lambda *_: None, **functions})
-    return fake
 
 
 def test_the_names_are_those_of_the_table():
@@ -66,7 +62,7 @@ def test_the_automatic_choice_is_made_for_each_contraction():
     text = value_and_gradients(case.conv()).lower(*operands).as_text(debug_info=True)
     (equation,) = convolutions(case.conv(), x, w)
     for contraction in CONTRACTIONS:
-        chosen = choice.choose(contraction, equation.params["spec"], "cpu")
+        chosen = choice.choose(contraction, equation.params["spec"], CPU)
         for name in implementations():
             assert (f"grouped_conv.{contraction}.{name}" in text) == (name == chosen)
 
@@ -91,8 +87,8 @@ def test_the_automatic_choice_supports_what_it_is_chosen_for(case):
     spec = equation.params["spec"]
     for platform in PLATFORMS:
         for contraction in CONTRACTIONS:
-            name = choice.resolve(None, contraction, spec, platform)
-            assert unsupported(name, contraction, spec, platform) is None
+            name = choice.resolve(None, contraction, spec, Device(platform))
+            assert unsupported(name, contraction, spec, Device(platform)) is None
 
 
 def test_the_reference_supports_everything():
@@ -100,7 +96,9 @@ def test_the_reference_supports_everything():
     (equation,) = convolutions(case.conv(), *case.random()[:2])
     for contraction in CONTRACTIONS:
         for platform in PLATFORMS:
-            assert unsupported("xla", contraction, equation.params["spec"], platform) is None
+            assert (
+                unsupported("xla", contraction, equation.params["spec"], Device(platform)) is None
+            )
 
 
 @pytest.mark.parametrize("name", implementations())
@@ -111,7 +109,7 @@ def test_an_implementation_refuses_few_cases(name):
         shapes = [jax.ShapeDtypeStruct(shape, np.float32) for shape in (case.lhs, case.rhs)]
         (equation,) = convolutions(case.conv(), *shapes)
         spec = equation.params["spec"]
-        if any(unsupported(name, contraction, spec, "cpu") for contraction in CONTRACTIONS):
+        if any(unsupported(name, contraction, spec, CPU) for contraction in CONTRACTIONS):
             refused.append(case.name)
     assert len(refused) <= 4, refused
 
@@ -122,11 +120,11 @@ def test_one_entry_in_the_table_adds_an_implementation(monkeypatch):
     def counted(contraction):
         def compute(*arguments):
             calls.append(contraction)
-            return getattr(xla, contraction)(*arguments)
+            return getattr(XLA, contraction)(*arguments)
 
         return compute
 
-    monkeypatch.setitem(TABLE, "counted", module(**{c: counted(c) for c in CONTRACTIONS}))
+    monkeypatch.setitem(TABLE, "counted", algorithm(**{c: counted(c) for c in CONTRACTIONS}))
     assert implementations()[-1] == "counted"
     (case,) = named("NCHW")
     operands = case.random()
@@ -150,7 +148,7 @@ def test_what_an_implementation_does_not_support_is_not_done_by_another(monkeypa
 
     functions = dict.fromkeys(CONTRACTIONS, work)
     reason = "the moon is not full"
-    monkeypatch.setitem(TABLE, "nothing", module(supports=lambda *_: reason, **functions))
+    monkeypatch.setitem(TABLE, "nothing", algorithm(supports=lambda *_: reason, **functions))
     (case,) = named("NCHW")
     x, w, _ = case.random()
     conv = case.conv("nothing")
@@ -166,7 +164,7 @@ def test_what_an_implementation_does_not_support_is_not_done_by_another(monkeypa
 
 
 def test_an_implementation_may_have_the_forward_contraction_only(monkeypatch):
-    monkeypatch.setitem(TABLE, "forward", module(fprop=xla.fprop))
+    monkeypatch.setitem(TABLE, "forward", algorithm(fprop=XLA.fprop))
     (case,) = named("NCHW")
     x, w, _ = case.random()
     conv = case.conv("forward")
@@ -178,11 +176,11 @@ def test_an_implementation_may_have_the_forward_contraction_only(monkeypatch):
 def test_support_may_depend_on_the_platform_and_the_shapes(monkeypatch):
     asked = []
 
-    def supports(contraction, spec, platform):
-        asked.append((contraction, spec.feature_group_count, platform))
+    def supports(contraction, spec, device):
+        asked.append((contraction, spec.feature_group_count, device.platform))
         return None if spec.feature_group_count == 2 else "only two groups"
 
-    monkeypatch.setitem(TABLE, "two", module(supports=supports, fprop=xla.fprop))
+    monkeypatch.setitem(TABLE, "two", algorithm(supports=supports, fprop=XLA.fprop))
     two, three = named("NCHW", "three groups, 6 to 9 features")
     two.conv("two")(*two.random()[:2])
     with pytest.raises(NotImplementedError, match="only two groups"):
@@ -195,7 +193,7 @@ def test_an_implementation_never_sees_an_empty_array(monkeypatch):
     def work(*_):
         raise AssertionError("there is nothing to compute")
 
-    monkeypatch.setitem(TABLE, "never", module(**dict.fromkeys(CONTRACTIONS, work)))
+    monkeypatch.setitem(TABLE, "never", algorithm(**dict.fromkeys(CONTRACTIONS, work)))
     for name in ("no examples", "no outputs", "no inputs", "kernel larger than the input"):
         (case,) = named(name)
         for result in value_and_gradients(case.conv("never"))(*case.random()):
@@ -225,9 +223,9 @@ def test_outside_jit_the_same_shapes_are_lowered_once(monkeypatch):
 
     def fprop(*arguments):
         lowered.append(arguments)
-        return xla.fprop(*arguments)
+        return XLA.fprop(*arguments)
 
-    monkeypatch.setitem(TABLE, "once", module(fprop=fprop))
+    monkeypatch.setitem(TABLE, "once", algorithm(fprop=fprop))
     (case,) = named("NHWC")
     x, w, _ = case.random()
     for scale in np.arange(1, 4, dtype=np.float32):

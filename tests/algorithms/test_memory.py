@@ -18,13 +18,15 @@ import numpy as np
 import pytest
 from cases import Case, each_case, named
 from compilation import optimized
+from fake_algorithms import CPU
 from jax.sharding import PartitionSpec as P
 from jaxprs import convolutions
 from meshes import make_mesh
 
 from benchmarks.memory import CALLS, CONTRACTIONS, DTYPES, Call, Need
 from grouped_conv_jax import grouped_conv, native
-from grouped_conv_jax.algorithms import TABLE, choice, dense, memory, patches, taps, unsupported
+from grouped_conv_jax.algorithms import choice, dense, memory, patches, taps
+from grouped_conv_jax.algorithms.table import TABLE, unsupported
 from grouped_conv_jax.spec import OPERANDS, ConvSpec
 
 FEW = ("depthwise_x4", "regnetx_w24")
@@ -110,7 +112,7 @@ def test_parts_of_the_batch_are_the_whole(case: Case, name, dtype, monkeypatch):
     spec = spec_of(Call(case.lhs, case.rhs, case.arguments), dtype)
     arrays = dict(zip(("lhs", "rhs", "out"), case.random(np.float32), strict=True))
     for contraction in CONTRACTIONS:
-        if unsupported(name, contraction, spec, "cpu"):
+        if unsupported(name, contraction, spec, CPU):
             continue
         compute = getattr(TABLE[name], contraction)
         operands = [
@@ -149,7 +151,7 @@ def test_parts_inside_shard_map_are_those_of_one_device(implementation, monkeypa
 def test_only_a_cpu_computes_in_parts():
     spec = spec_of(CALLS["depthwise_x4"], "float16")
     operands = [jax.ShapeDtypeStruct(spec.shape(r), "float16") for r in OPERANDS["wgrad"]]
-    traced = jax.jit(lambda a, b: taps.wgrad(a, b, spec)).trace(*operands)
+    traced = jax.jit(lambda a, b: TABLE["taps"].wgrad(a, b, spec)).trace(*operands)
     loops = {
         platform: traced.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.while")
         for platform in ("cpu", "cuda", "tpu")
@@ -179,9 +181,9 @@ def test_the_choice_heeds_the_estimates(dtype, contraction, monkeypatch):
     monkeypatch.setattr(native, "missing", lambda: "there are none")
     for call in CALLS.values():
         spec = spec_of(call, dtype)
-        chosen = choice.choose(contraction, spec, "cpu")
-        stored = choice.temporary_bytes(chosen, contraction, spec)
-        lax_stores = choice.temporary_bytes("xla", contraction, spec)
+        chosen = choice.choose(contraction, spec, CPU)
+        stored = TABLE[chosen].temporary_bytes(contraction, spec)
+        lax_stores = TABLE["xla"].temporary_bytes(contraction, spec)
         assert stored <= max(memory.limit(contraction, spec), lax_stores)
 
 

@@ -5,7 +5,6 @@ oracle, told to do something else, so that many can be compared over many cases 
 """
 
 import dataclasses
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +14,10 @@ import oracle
 import pytest
 from cases import CASES, Case, every_implementation, named
 from comparison import assert_matches_the_oracle, check_values
+from fake_algorithms import algorithm
 
 from grouped_conv_jax import implementations, native
-from grouped_conv_jax.algorithms import TABLE
+from grouped_conv_jax.algorithms.table import TABLE
 from grouped_conv_jax.spec import OPERANDS, Contraction
 
 CONTRACTIONS: tuple[Contraction, ...] = ("fprop", "dgrad", "wgrad")
@@ -62,9 +62,7 @@ def mutate(monkeypatch: pytest.MonkeyPatch, name: str, contraction: Contraction,
         features = ORDERS[order](first.shape[axis], spec.feature_group_count)
         return right(jnp.take(first, features, axis), second, spec)
 
-    mutant = types.ModuleType(f"mutant of {name}")
-    mutant.__dict__.update({**vars(original), contraction: wrong})
-    monkeypatch.setitem(TABLE, name, mutant)
+    monkeypatch.setitem(TABLE, name, algorithm(type(original), **{contraction: wrong}))
 
 
 # Two groups of two inputs and three outputs.

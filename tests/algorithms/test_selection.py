@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fake_algorithms import CPU
 from jaxprs import convolutions
 
 from benchmarks.contenders import by_lax, function, ours
 from benchmarks.workloads import MADE, MODES, USED, WORKLOADS, Mode, Workload
 from grouped_conv_jax import grouped_conv, implementations, native
-from grouped_conv_jax.algorithms import choice, unsupported
+from grouped_conv_jax.algorithms import Device, choice
+from grouped_conv_jax.algorithms.table import TABLE, unsupported
 from grouped_conv_jax.spec import Contraction, ConvSpec
 
 CONTRACTIONS: tuple[Contraction, ...] = ("fprop", "dgrad", "wgrad")
@@ -67,21 +69,21 @@ def no_native_kernels(monkeypatch):
 def test_the_choice_on_a_cpu_is_native(name):
     spec = spec_of(WORKLOADS[name])
     for contraction in CONTRACTIONS:
-        assert choice.choose(contraction, spec, "cpu") == "native"
+        assert choice.choose(contraction, spec, CPU) == "native"
 
 
 @every_workload
 def test_what_is_exported_is_made_of_jax_operations(name):
     spec = spec_of(WORKLOADS[name])
     for contraction in CONTRACTIONS:
-        assert choice.choose(contraction, spec, "cpu", is_export=True) != "native"
+        assert choice.choose(contraction, spec, CPU, is_export=True) != "native"
 
 
 @pytest.mark.usefixtures("no_native_kernels")
 @every_workload
 def test_the_choice_without_native_kernels_is_what_the_docstring_says(name):
     spec = spec_of(WORKLOADS[name])
-    chosen = tuple(choice.choose(contraction, spec, "cpu") for contraction in CONTRACTIONS)
+    chosen = tuple(choice.choose(contraction, spec, CPU) for contraction in CONTRACTIONS)
     assert chosen == CHOICES[name]
 
 
@@ -90,8 +92,7 @@ def test_the_choice_without_native_kernels_is_what_the_docstring_says(name):
 def test_where_nothing_has_been_measured_the_choice_is_lax(name, platform):
     spec = spec_of(WORKLOADS[name])
     for contraction, expected in zip(CONTRACTIONS, ("xla", "xla", "lax"), strict=True):
-        assert choice.choose(contraction, spec, platform) == expected
-        assert choice.expected_seconds("xla", contraction, spec, platform) == math.inf
+        assert choice.choose(contraction, spec, Device(platform)) == expected
 
 
 GPU_CHOICES = {
@@ -105,7 +106,7 @@ GPU_CHOICES = {
 @every_workload
 def test_the_choice_on_a_gpu_is_what_the_docstring_says(name):
     spec = spec_of(WORKLOADS[name])
-    chosen = tuple(choice.choose(contraction, spec, "cuda") for contraction in CONTRACTIONS)
+    chosen = tuple(choice.choose(contraction, spec, Device("cuda")) for contraction in CONTRACTIONS)
     assert chosen == GPU_CHOICES.get(name, ("xla", "xla", "lax"))
 
 
@@ -122,7 +123,7 @@ TPU_CHOICES = {
 @every_workload
 def test_the_choice_on_a_tpu_is_what_the_docstring_says(name):
     spec = spec_of(WORKLOADS[name], "bfloat16")
-    chosen = tuple(choice.choose(contraction, spec, "tpu") for contraction in CONTRACTIONS)
+    chosen = tuple(choice.choose(contraction, spec, Device("tpu")) for contraction in CONTRACTIONS)
     assert chosen == TPU_CHOICES.get(name, ("xla", "xla", "lax"))
 
 
@@ -138,7 +139,7 @@ def test_the_choice_on_a_tpu_is_never_far_behind_the_best_estimate():
                 and result["implementation"] != "packed"
             }
             spec = spec_of(WORKLOADS[name], "bfloat16")
-            chosen = cycles[choice.choose(contraction, spec, "tpu")]
+            chosen = cycles[choice.choose(contraction, spec, Device("tpu"))]
             # Products per tap are better for small batches of large images only, as the page says.
             del cycles["einsum"]
             assert chosen <= 1.6 * min(cycles.values()), (name, contraction)
@@ -147,11 +148,11 @@ def test_the_choice_on_a_tpu_is_never_far_behind_the_best_estimate():
 def test_what_was_no_faster_on_a_gpu_is_left_to_it():
     one_group = spec_of(Workload.of("one group", (2, 8, 8, 64, 64, 3, 2, 1)))
     for contraction in CONTRACTIONS:
-        assert choice.choose(contraction, one_group, "cuda") == "xla"
+        assert choice.choose(contraction, one_group, Device("cuda")) == "xla"
     wide = spec_of(WORKLOADS["alexnet_conv4"], "bfloat16")
     multiplier = spec_of(Workload.of("multiplier", (2, 8, 8, 8, 32, 3, 2, 8)))
     for spec in (wide, multiplier):
-        assert choice.choose("dgrad", spec, "cuda") == "xla"
+        assert choice.choose("dgrad", spec, Device("cuda")) == "xla"
 
 
 def test_the_gradient_on_a_gpu_is_laxs_own_program():
@@ -194,7 +195,7 @@ def test_what_would_be_too_much_code_is_refused(name):
     """Large kernels, and strides of many phases."""
     for shape in ((4, 40, 40, 768, 768, 25, 1, 16), (2, 64, 64, 64, 64, 1, 32, 32)):
         spec = spec_of(Workload.of("much", shape))
-        assert unsupported(name, "dgrad", spec, "cpu") is not None
+        assert unsupported(name, "dgrad", spec, CPU) is not None
 
 
 @pytest.mark.usefixtures("no_native_kernels")
@@ -203,7 +204,7 @@ def test_one_group_is_left_to_xla(contraction):
     for shape in ((8, 28, 28, 1, 16, 5, 1, 1), (2, 14, 14, 64, 64, 3, 1, 1)):
         for dtype in ("float32", "bfloat16", "float16"):
             spec = spec_of(Workload.of("one group", shape), dtype)
-            assert choice.choose(contraction, spec, "cpu") == "xla"
+            assert choice.choose(contraction, spec, CPU) == "xla"
 
 
 @pytest.mark.usefixtures("no_native_kernels")
@@ -275,9 +276,9 @@ def test_the_choice_is_right_in_other_dtypes_too(name, dtype):
 def test_the_expected_times_order_the_choice():
     spec = spec_of(WORKLOADS["regnetx_w24"])
     for contraction in CONTRACTIONS:
-        chosen = choice.choose(contraction, spec, "cpu")
+        chosen = choice.choose(contraction, spec, CPU)
         expected = {
-            n: choice.expected_seconds(n, contraction, spec, "cpu") for n in implementations()
+            name: algorithm.seconds(contraction, spec, CPU) for name, algorithm in TABLE.items()
         }
         assert min(expected, key=expected.__getitem__) == chosen
         assert expected["packed"] == math.inf

@@ -18,7 +18,8 @@ from comparison import assert_matches_the_oracle, value_and_gradients
 from native_cases import LARGE, conv2d
 
 from grouped_conv_jax import explain, grouped_conv, implementations, native
-from grouped_conv_jax.algorithms import unsupported
+from grouped_conv_jax.algorithms import Device
+from grouped_conv_jax.algorithms.table import unsupported
 
 if native.missing():
     pytest.skip(f"there are no native kernels: {native.missing()}", allow_module_level=True)
@@ -486,7 +487,7 @@ def test_it_is_for_cpus():
     (case,) = named("NHWC")
     spec = explain(case.conv(), *case.random()[:2]).contractions[0][0].spec
     for platform in ("cuda", "rocm", "tpu", "another platform"):
-        assert unsupported("native", "fprop", spec, platform) == "it is for CPUs"
+        assert unsupported("native", "fprop", spec, Device(platform)) == "it is for CPUs"
 
 
 def test_without_the_library_everything_works_and_explain_says_why(monkeypatch):

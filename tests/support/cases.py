@@ -13,6 +13,7 @@ from jax import lax
 
 import grouped_conv_jax
 from grouped_conv_jax import grouped_conv
+from grouped_conv_jax.algorithms.table import Implementation
 
 IMPLEMENTATIONS = (None, *grouped_conv_jax.implementations())
 
@@ -55,7 +56,7 @@ class Case:
         """Of the longest sum of each contraction."""
         return oracle.lengths(*self.shapes, **self.arguments)
 
-    def conv(self, implementation: str | None = None, **more: Any) -> Callable[..., Any]:
+    def conv(self, implementation: Implementation = None, **more: Any) -> Callable[..., Any]:
         return lambda lhs, rhs: grouped_conv(
             lhs, rhs, **{**self.arguments, **more}, implementation=implementation
         )

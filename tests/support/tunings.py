@@ -9,12 +9,12 @@ from cases import named
 
 from grouped_conv_jax import Tuning
 from grouped_conv_jax.algorithms import choice
-from grouped_conv_jax.algorithms.devices import DeviceKind
+from grouped_conv_jax.algorithms.devices import Device
 from grouped_conv_jax.algorithms.ranking import Subject, spec_key
 from grouped_conv_jax.tuning.measurement import Measurement
 from grouped_conv_jax.tuning.occurrences import occurrences
 
-HERE = DeviceKind.of(jax.devices("cpu")[0])
+HERE = Device.of(jax.devices("cpu")[0])
 
 
 (CASE,) = named("NHWC")
@@ -27,7 +27,7 @@ CONV = CASE.conv()
 
 
 def made_up(
-    function: Callable, *args: Any, times: Mapping[str, float | None], device: DeviceKind = HERE
+    function: Callable, *args: Any, times: Mapping[str, float | None], device: Device = HERE
 ) -> Tuning:
     """A tuning in which all contractions of a function take the same times."""
     found = occurrences(function, args, {})
@@ -46,4 +46,4 @@ def lowered(function: Callable, *args: Any) -> set[tuple[str, str]]:
 
 def automatic(function: Callable, *args: Any) -> set[tuple[str, str]]:
     found = occurrences(function, args, {})
-    return {(o.contraction, choice.choose(o.contraction, o.spec, "cpu")) for o in found}
+    return {(o.contraction, choice.choose(o.contraction, o.spec, HERE)) for o in found}

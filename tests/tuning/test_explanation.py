@@ -1,7 +1,6 @@
 """What `explain` says of convolutions and of functions, without running them."""
 
 import re
-import types
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +8,18 @@ import numpy as np
 import pytest
 from cases import named
 from comparison import value_and_gradients
+from fake_algorithms import algorithm
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tunings import FOR_VMAP, HERE, made_up
 
 from grouped_conv_jax import Explanation, explain, grouped_conv, implementations
-from grouped_conv_jax.algorithms import TABLE, choice, unsupported, xla
+from grouped_conv_jax.algorithms import choice
+from grouped_conv_jax.algorithms.table import TABLE, unsupported
+from grouped_conv_jax.algorithms.xla import Xla
 from grouped_conv_jax.towers import make_mesh
 
+XLA = Xla()
 CONTRACTIONS = ("fprop", "dgrad", "wgrad")
 (CASE,) = named("NHWC")
 X, W, Y = CASE.random()
@@ -44,14 +47,14 @@ def test_a_convolution_is_explained_in_all_contractions():
     assert times(explanation) == dict.fromkeys(CONTRACTIONS, 1)
     assert len(explanation.rows) == 3 * len(implementations())
     for row in explanation.rows:
-        arguments = row.contraction, row.spec, "cpu"
+        arguments = row.contraction, row.spec, HERE
         assert row.reason == unsupported(row.implementation, *arguments)
         assert row.is_chosen == (row.implementation == choice.choose(*arguments))
         assert row.device == HERE
         assert not row.is_asked_for
         assert row.measured_seconds is None
         if row.expected_seconds is not None:
-            assert row.expected_seconds == choice.expected_seconds(row.implementation, *arguments)
+            assert row.expected_seconds == TABLE[row.implementation].seconds(*arguments)
         assert row.flops == 2 * 2 * 4 * 6 * 6 * 3 * 2 * 2
         assert row.nbytes == 4 * (X.size + W.size + Y.size)
         assert row.description == "2x7x6x4 -> 2x4x6x6, 3x2, 2 groups of 2->3, stride 2x1, float32"
@@ -78,11 +81,10 @@ def test_what_is_asked_for_is_chosen():
 
 
 def test_why_not(monkeypatch):
-    module = types.ModuleType("fussy")
-    module.__dict__.update(
-        supports=lambda *_: "it rains", seconds=lambda *_: 0.0, fprop=xla.fprop, wgrad=xla.wgrad
+    fussy = algorithm(
+        supports=lambda *_: "it rains", seconds=lambda *_: 0.0, fprop=XLA.fprop, wgrad=XLA.wgrad
     )
-    monkeypatch.setitem(TABLE, "fussy", module)
+    monkeypatch.setitem(TABLE, "fussy", fussy)
     explanation = explain(X, W, **CASE.arguments)
     reasons = {r.contraction: r.reason for r in explanation.rows if r.implementation == "fussy"}
     assert reasons == {"fprop": "it rains", "dgrad": "it has no dgrad", "wgrad": "it rains"}
@@ -153,9 +155,7 @@ def test_nothing_is_run_or_lowered(monkeypatch):
     def work(*_):
         raise AssertionError("it was lowered")
 
-    eager = types.ModuleType("eager")
-    eager.__dict__.update(supports=lambda *_: None, seconds=lambda *_: -1.0, fprop=work)
-    monkeypatch.setitem(TABLE, "eager", eager)
+    monkeypatch.setitem(TABLE, "eager", algorithm(seconds=lambda *_: -1.0, fprop=work))
     ran = []
 
     def function(x, w):
@@ -170,9 +170,7 @@ def test_nothing_is_run_or_lowered(monkeypatch):
 
 def test_a_refusal_is_part_of_the_explanation(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    nothing = types.ModuleType("nothing")
-    nothing.__dict__.update(supports=lambda *_: "no", fprop=xla.fprop)
-    monkeypatch.setitem(TABLE, "nothing", nothing)
+    monkeypatch.setitem(TABLE, "nothing", algorithm(supports=lambda *_: "no", fprop=XLA.fprop))
     explanation = explain(CASE.conv("nothing"), X, W)
     assert chosen(explanation) == {"fprop": "nothing"}
     assert "asked for, not supported: no" in str(explanation)
@@ -197,7 +195,9 @@ def test_a_tuning_is_shown_with_its_choice():
 
 
 def test_the_tables(monkeypatch):
-    monkeypatch.setattr(choice, "expected_seconds", lambda name, *_: 1e-4 * len(name))
+    for name, known in TABLE.items():
+        time = 1e-4 * len(name)
+        monkeypatch.setattr(type(known), "seconds", lambda *_, time=time: time)
     tuning = made_up(CONV, X, W, times=FOR_VMAP)
 
     def twice(x, w):

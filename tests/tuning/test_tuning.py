@@ -5,7 +5,6 @@ import pickle
 import re
 import threading
 import time
-import types
 from collections.abc import Callable
 
 import chex
@@ -14,38 +13,39 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from comparison import value_and_gradients
+from fake_algorithms import algorithm
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxprs import convolutions
 from tunings import CASE, CONV, FOR_VMAP, HERE, W, X, Y, automatic, lowered, made_up
 
 from grouped_conv_jax import Tuning, tune
-from grouped_conv_jax.algorithms import TABLE, processor, unsupported, xla
-from grouped_conv_jax.algorithms.devices import DeviceKind
+from grouped_conv_jax.algorithms import Algorithm, processor
+from grouped_conv_jax.algorithms.devices import Device
 from grouped_conv_jax.algorithms.ranking import spec_key
+from grouped_conv_jax.algorithms.table import TABLE, unsupported
+from grouped_conv_jax.algorithms.xla import Xla
 from grouped_conv_jax.spec import ConvSpec
 from grouped_conv_jax.towers import make_mesh
 from grouped_conv_jax.tuning import tuner
 from grouped_conv_jax.tuning.occurrences import occurrences
 
+XLA = Xla()
 CONTRACTIONS = ("fprop", "dgrad", "wgrad")
 
 
-def counted(specs: list[ConvSpec]) -> types.ModuleType:
-    """An implementation that keeps the specs that it has been lowered for."""
-    module = types.ModuleType("counted")
+def counted(specs: list[ConvSpec]) -> Algorithm:
+    """An algorithm that keeps the specs that it has been lowered for."""
 
     def computing(contraction: str) -> Callable:
         def compute(first, second, spec):
             specs.append(spec)
-            return getattr(xla, contraction)(first, second, spec)
+            return getattr(XLA, contraction)(first, second, spec)
 
         return compute
 
-    module.__dict__.update({c: computing(c) for c in CONTRACTIONS}, supports=lambda *_: None)
     # To be chosen, but not before it is measured.
-    module.__dict__.update(seconds=lambda *_: 1e9)
-    return module
+    return algorithm(seconds=lambda *_: 1e9, **{c: computing(c) for c in CONTRACTIONS})
 
 
 # Measuring.
@@ -57,7 +57,7 @@ def test_every_implementation_is_measured_for_every_contraction():
     (spec,) = {o.spec for o in occurrences(CONV, (X, W), {})}
     for contraction in CONTRACTIONS:
         seconds = tuning.seconds(contraction, spec, HERE)
-        able = {n for n in TABLE if unsupported(n, contraction, spec, "cpu") is None}
+        able = {n for n in TABLE if unsupported(n, contraction, spec, HERE) is None}
         # What is the same function by another name is measured once.
         assert set(seconds) == able - ({"lax"} if contraction != "wgrad" else set())
         assert all(time is not None and 0 < time < 10 for time in seconds.values())
@@ -100,9 +100,7 @@ def test_an_implementation_that_fails_is_not_chosen(monkeypatch):
     def refuse(*_):
         raise ValueError("out of luck\nand more")
 
-    fails = types.ModuleType("fails")
-    fails.__dict__.update(supports=lambda *_: None, seconds=lambda *_: 1e9, fprop=refuse)
-    monkeypatch.setitem(TABLE, "fails", fails)
+    monkeypatch.setitem(TABLE, "fails", algorithm(fprop=refuse))
     with pytest.warns(UserWarning, match=r"'fails' fails in fprop of .*: out of luck$") as caught:
         tuning = tune(CONV, X, W, repeats=1)
     assert len(caught) == 1
@@ -253,7 +251,7 @@ def test_other_shapes_and_other_devices_have_no_effect():
     with made_up(CONV, X[:1], W, times=FOR_VMAP):
         assert lowered(CONV, X, W) == automatic(CONV, X, W)
         assert lowered(CONV, X[:1], W) == {("fprop", "vmap")}
-    for device in (DeviceKind("cpu", "cpu"), DeviceKind("tpu", HERE.kind)):
+    for device in (Device("cpu", "cpu"), Device("tpu", HERE.kind)):
         with made_up(CONV, X, W, times=FOR_VMAP, device=device):
             assert lowered(CONV, X, W) == automatic(CONV, X, W)
 
@@ -277,10 +275,7 @@ def test_an_implementation_that_is_asked_for_wins(name):
 
 
 def test_what_does_not_support_it_is_not_chosen(monkeypatch):
-    never = types.ModuleType("never")
-    never.__dict__.update(
-        supports=lambda *_: "it is Sunday", seconds=lambda *_: 1e9, fprop=xla.fprop
-    )
+    never = algorithm(supports=lambda *_: "it is Sunday", fprop=XLA.fprop)
     monkeypatch.setitem(TABLE, "never", never)
     times = {"never": 1e-9, "nowhere": 1e-8, "vmap": 1e-3, "xla": 1.0}
     with made_up(CONV, X, W, times=times):
@@ -290,15 +285,11 @@ def test_what_does_not_support_it_is_not_chosen(monkeypatch):
 
 
 def test_what_runs_only_where_it_is_asked_for_is_measured_but_not_chosen(monkeypatch):
-    shy = {name: types.ModuleType(name) for name in ("says nothing", "says never")}
-    for module in shy.values():
-        module.__dict__.update(supports=lambda *_: None, fprop=functools.partial(xla.fprop))
-    shy["says never"].__dict__.update(seconds=lambda *_: float("inf"))
-    for name, module in shy.items():
-        monkeypatch.setitem(TABLE, name, module)
+    shy = algorithm(runs_unasked=False, fprop=functools.partial(XLA.fprop))
+    monkeypatch.setitem(TABLE, "shy", shy)
     (measurement,) = tune(CONV, X, W, repeats=1).measurements
-    assert shy.keys() <= dict(measurement.seconds).keys()
-    with made_up(CONV, X, W, times={**dict.fromkeys(shy, 1e-9), **FOR_VMAP}):
+    assert "shy" in dict(measurement.seconds)
+    with made_up(CONV, X, W, times={"shy": 1e-9, **FOR_VMAP}):
         assert lowered(CONV, X, W) == {("fprop", "vmap")}
 
 
@@ -406,7 +397,7 @@ def test_a_tuning_is_a_table():
     assert device == f"{HERE}:"
     assert heading == "contraction  xla ms  vmap ms  dense ms  spec"
     assert line.startswith("fprop         2.000    1.500    failed  float32[2,7,6,4] ")
-    other = made_up(CONV, X, W, times={"xla": 1e-3}, device=DeviceKind("tpu", "TPU v9"))
+    other = made_up(CONV, X, W, times={"xla": 1e-3}, device=Device("tpu", "TPU v9"))
     first, second = str(other | tuning).split("\n\n")
     assert first == str(tuning)
     assert second.splitlines()[:2] == ["TPU v9 (tpu):", "contraction  xla ms  spec"]

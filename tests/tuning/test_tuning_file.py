@@ -12,7 +12,7 @@ from comparison import value_and_gradients
 from tunings import CONV, FOR_VMAP, HERE, W, X, Y, automatic, lowered, made_up
 
 from grouped_conv_jax import Tuning
-from grouped_conv_jax.algorithms.devices import DeviceKind
+from grouped_conv_jax.algorithms.devices import Device
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_other_versions_are_not_trusted(package, tuning, tmp_path):
 
 def test_other_devices_are_not_trusted(tuning, tmp_path):
     path = tmp_path / "tuning.json"
-    made_up(CONV, X, W, times=FOR_VMAP, device=DeviceKind("tpu", "TPU v9")).save(path)
+    made_up(CONV, X, W, times=FOR_VMAP, device=Device("tpu", "TPU v9")).save(path)
     found = loaded_with_one_warning(
         path, rf"measured on TPU v9 \(tpu\), and this is {re.escape(str(HERE))}$"
     )
@@ -164,7 +164,7 @@ def test_a_cpu_that_the_file_does_not_name_is_another_device(tuning, tmp_path):
 PROGRAM = """
 import sys
 from grouped_conv_jax import Tuning
-from grouped_conv_jax.algorithms.devices import DeviceKind
+from grouped_conv_jax.algorithms.devices import Device
 from grouped_conv_jax.algorithms.ranking import Subject
 from grouped_conv_jax.tuning.measurement import Measurement
 
@@ -172,7 +172,7 @@ path, platform, kind, who = sys.argv[1:]
 print("ready", flush=True)
 input()
 for i in range(20):
-    subject = Subject(DeviceKind(platform, kind), "fprop", f"{who} {i}")
+    subject = Subject(Device(platform, kind), "fprop", f"{who} {i}")
     Tuning((Measurement.of(subject, {"xla": 1.0}),)).save(path)
 """
 
