@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import jaxprs_in_params
 
+from grouped_conv_jax.jax_compat import jaxprs_in_params
 from grouped_conv_jax.primitive import grouped_conv_p
 
 

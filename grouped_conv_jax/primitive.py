@@ -19,25 +19,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import NamedSharding, PartitionSpec
 
+from grouped_conv_jax import jax_compat
 from grouped_conv_jax.algorithms import choice, table
 from grouped_conv_jax.algorithms.devices import Device
 from grouped_conv_jax.algorithms.ranking import choices_of_context
 from grouped_conv_jax.algorithms.recording import Equation, Watch, watching
 from grouped_conv_jax.algorithms.table import Asked, asked_for, registered_key
+from grouped_conv_jax.jax_compat import Lowering, Primitive, ad, batching, mlir
 from grouped_conv_jax.partitioning import xla_partitioner
 from grouped_conv_jax.partitioning.explicit_mesh import has_explicit_axes, untyped
-from grouped_conv_jax.partitioning.partition import bits_of, divided, requires_devices
+from grouped_conv_jax.partitioning.partition import bits_of, divided
 from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec, Factor, Role
 
 COMPUTES: dict[Role, Contraction] = {role: contraction for contraction, role in RESULT.items()}
 
 grouped_conv_p = Primitive("grouped_conv")
 grouped_conv_p.def_impl(
-    lambda *args, **params: xla.apply_primitive(grouped_conv_p, *args, **params)
+    lambda *args, **params: jax_compat.apply_primitive(grouped_conv_p, *args, **params)
 )
 
 
@@ -75,7 +75,7 @@ def _aligned(first: Any, second: Any) -> tuple[Any, Any]:
     The cast is what makes gradients right: its transpose sums the gradient of an operand that is
     replicated over an axis along which the other one differs.
     """
-    varying = [jax.typeof(x).mat.varying for x in (first, second)]
+    varying = [jax_compat.varying(x) for x in (first, second)]
     first_missing, second_missing = varying[1] - varying[0], varying[0] - varying[1]
     if first_missing:
         first = jax.lax.pcast(first, tuple(sorted(first_missing)), to="varying")
@@ -163,21 +163,19 @@ batching.fancy_primitive_batchers[grouped_conv_p] = _batching_rule
 
 def _lowering_rule(platform: str):
     def rule(ctx, *operands, contraction, spec, implementation, choices, out_sharding):
-        device = Device.lowered_for(platform, ctx)
-        is_export = ctx.module_context.lowering_parameters.for_export
+        lowering = Lowering.of(platform, ctx)
+        device = Device.lowered_for(lowering)
 
         def compute(first, second, spec, divided_over=None):
             result = RESULT[contraction]
             if spec.is_empty:
                 return jnp.zeros(spec.shape(result), spec.role_dtype(result))
             merged = spec.merged()
-            asked = asked_for(implementation, contraction)
+            what = asked_for(implementation, contraction), contraction, merged, device
             if divided_over is None:
-                name = choice.resolve(asked, contraction, merged, device, choices, is_export)
+                name = choice.resolve(*what, choices, lowering.is_export)
             else:
-                name = xla_partitioner.resolve(
-                    asked, contraction, merged, divided_over, device, is_export
-                )
+                name = xla_partitioner.resolve(*what, divided_over, lowering.is_export)
 
             def by_name(first, second, spec):
                 return table.compute(name, contraction, first, second, spec, device)
@@ -201,7 +199,7 @@ def _lowering_rule(platform: str):
         # The same ranking may choose differently for another kind of device.
         measured_on = None if choices is None else device
         key = f"{implementation} {choices} {measured_on} {watch} {registered_key()}"
-        computation = divided(compute, contraction, spec, platform, key, ctx, note)
+        computation = divided(compute, contraction, spec, key, lowering, note)
         # The type of the result is settled; how it is computed need not be typed as well.
         computation = untyped(computation, ctx.avals_out[0].sharding)
         with bits_of(spec):
@@ -210,7 +208,7 @@ def _lowering_rule(platform: str):
     return rule
 
 
-requires_devices(grouped_conv_p)
+jax_compat.requires_devices(grouped_conv_p)
 for _platform in ("cpu", "cuda", "rocm", "tpu"):
     mlir.register_lowering(grouped_conv_p, _lowering_rule(_platform), platform=_platform)
 mlir.register_lowering(grouped_conv_p, _lowering_rule("another platform"))

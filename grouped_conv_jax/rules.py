@@ -1,38 +1,27 @@
 """The primitive's entries in the tables of JAX's less common transformations.
 
-`contraction` registers the rules of differentiation, batching and lowering. Here are the others
-that lax's convolution has, so that a program behaves the same with either:
+`primitive` registers the rules of differentiation, batching and lowering. Here are the others that
+lax's convolution has, so that a program behaves the same with either:
 
 - `checkify`: a NaN that a convolution makes is an error under `float_checks`.
 - `jet`: Taylor coefficients, by the rule of bilinear functions.
 - `roofline`: FLOPs of the pairs of an input and a tap that meet, and bytes of the three arrays.
-- `jax.checkpoint`: `convs_saveable` is a policy that saves convolutions. Under `jax_remat3`, new in
-  JAX 0.11, policies are asked only about primitives that have a rule.
+- `jax.checkpoint`: `convs_saveable` is a policy that saves convolutions.
 
 `jax.experimental.sparse.sparsify` has no entry. JAX's own is for one dimension, one feature and one
 group only. Without one, `sparsify` says that there is no rule for "grouped_conv".
-
-All of these tables are private to JAX, or experimental. `test_jax_rules.py` shows on each
-supported version that the entries work.
 """
 
-import functools
 from typing import Any
 
-import jax
 import numpy as np
-from jax._src import ad_checkpoint, checkify, core
-from jax._src.interpreters import partial_eval, remat
-from jax.experimental import jet
-from jax.experimental.roofline import RooflineResult, RooflineRuleContext, register_roofline
-from jax.extend.core import Primitive
-from jax.extend.core.primitives import conv_general_dilated_p
 
+from grouped_conv_jax import jax_compat
 from grouped_conv_jax.primitive import grouped_conv_p
 from grouped_conv_jax.spec import ConvSpec
 
 
-def convs_saveable(primitive: Primitive, *_: Any, **__: Any) -> bool:
+def convs_saveable(primitive: jax_compat.Primitive, *_: Any, **__: Any) -> bool:
     """A policy for `jax.checkpoint` that saves the results of convolutions.
 
     JAX's own `dots_saveable` saves those of matrix products and of lax's convolutions. It does not
@@ -55,20 +44,20 @@ def convs_saveable(primitive: Primitive, *_: Any, **__: Any) -> bool:
       >>> jax.grad(jax.checkpoint(block, policy=policy))(x, w).shape
       (2, 4, 8, 8)
     """
-    return primitive in (grouped_conv_p, conv_general_dilated_p)
+    return primitive in (grouped_conv_p, jax_compat.conv_general_dilated_p)
 
 
-checkify.error_checks[grouped_conv_p] = functools.partial(checkify.nan_error_check, grouped_conv_p)
-jet.jet_rules[grouped_conv_p] = functools.partial(
-    jet._bilinear_taylor_rule,
-    grouped_conv_p,
-)
+jax_compat.set_error_check(grouped_conv_p)
+jax_compat.set_bilinear_taylor_rule(grouped_conv_p)
+jax_compat.set_rematerialization(grouped_conv_p)
 
 
-@register_roofline(grouped_conv_p)
-def _roofline(ctx: RooflineRuleContext, *args: Any, spec: ConvSpec, **kw: Any) -> RooflineResult:
+@jax_compat.register_roofline(grouped_conv_p)
+def _roofline(
+    ctx: jax_compat.RooflineRuleContext, *args: Any, spec: ConvSpec, **kw: Any
+) -> jax_compat.RooflineResult:
     arrays: list[Any] = [*ctx.avals_in, *ctx.avals_out]
-    return RooflineResult(
+    return jax_compat.RooflineResult(
         unfused_flops=2 * _products(spec.merged()),
         unfused_hbm_bytes=sum(x.size * x.dtype.itemsize for x in arrays),
     )
@@ -87,28 +76,3 @@ def _products(spec: ConvSpec) -> int:
         rows, gaps = np.divmod(reads, spec.lhs_dilation[i])
         meeting *= int(np.sum((gaps == 0) & (rows >= 0) & (rows < size)))
     return batch * features * inputs * meeting
-
-
-def _remat(trace: Any, first: Any, second: Any, **params: Any) -> tuple[Any, Any, Any]:
-    """Under `jax_remat3`: the result, what is saved of it, and how it is computed from that."""
-    compute = functools.partial(grouped_conv_p.bind, **params)
-    out = compute(first, second)
-    types = core.typeof(first), core.typeof(second)
-    case = trace.policy is not None and trace.policy(grouped_conv_p, *types, **params)
-    case = partial_eval.ensure_enum(case)
-    if isinstance(case, partial_eval.RecomputeType):
-        return out, (), lambda _, first, second: compute(first, second)
-    kept = out
-    if isinstance(case, partial_eval.Offloadable):
-        kept = jax.device_put(out, core.mem_kind_to_space(case.dst), may_alias=False)
-
-    def again(kept: Any, first: Any, second: Any) -> Any:
-        if isinstance(case, partial_eval.Offloadable):
-            kept = jax.device_put(kept, core.mem_kind_to_space(case.src), may_alias=False)
-        return ad_checkpoint.primal_left_tangent_right(kept, compute(first, second))
-
-    return out, kept, again
-
-
-if conv_general_dilated_p in remat.rules:
-    remat.rules[grouped_conv_p] = _remat

@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
-from jax.interpreters import mlir
 
 from grouped_conv_jax import native
 from grouped_conv_jax.algorithms import processor
+from grouped_conv_jax.jax_compat import Lowering
 
 
 class Device(NamedTuple):
@@ -44,7 +44,7 @@ class Device(NamedTuple):
         return cls(platform if known else "another platform", _kind(device))
 
     @classmethod
-    def lowered_for(cls, platform: str, context: mlir.LoweringRuleContext) -> "Device":
+    def lowered_for(cls, lowering: Lowering) -> "Device":
         """Returns the device that a program is lowered for.
 
         Its kind is not known if the program is lowered for several platforms, or for one that this
@@ -54,14 +54,9 @@ class Device(NamedTuple):
         The devices may be those of a topology, which this process does not have. CPU devices of
         other processes are taken to have the same processor as those of this process.
         """
-        module = context.module_context
-        backend = None if module.backend is None else module.get_backend(optional=True)
-        if backend is None:
-            return cls(platform)
-        devices = getattr(module.axis_context, "device_assignment", None)
-        devices = devices or backend.local_devices() or backend.devices()
+        devices = lowering.devices_of_process()
         check_one_platform(devices)
-        return cls(platform, _kind(devices[0]) if devices else "")
+        return cls(lowering.platform, _kind(devices[0]) if devices else "")
 
     @property
     def is_known(self) -> bool:

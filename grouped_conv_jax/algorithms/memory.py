@@ -24,6 +24,7 @@ from jax import lax
 
 from grouped_conv_jax.algorithms import costs
 from grouped_conv_jax.algorithms.phases import dimensions, padding
+from grouped_conv_jax.jax_compat import varying
 from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec, Role
 
 MOST_ARRAYS = 3
@@ -247,8 +248,8 @@ def zeros(shape: tuple[int, ...], dtype: np.dtype, like: jax.Array) -> jax.Array
     """Returns zeros that vary over the mesh axes over which `like` does, inside `shard_map`: a loop
     keeps the type of what it carries.
     """
-    varying = jax.typeof(like).mat.varying
-    return lax.pcast(jnp.zeros(shape, dtype), tuple(sorted(varying)), to="varying")
+    axes = tuple(sorted(varying(like)))
+    return lax.pcast(jnp.zeros(shape, dtype), axes, to="varying")
 
 
 def dynamic_slice(x: jax.Array, start: jax.Array | int, size: int, dimension: int) -> jax.Array:

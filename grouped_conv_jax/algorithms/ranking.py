@@ -11,13 +11,12 @@ import hashlib
 from collections.abc import Iterable
 from typing import NamedTuple, get_args
 
-import jax
-
+from grouped_conv_jax import jax_compat
 from grouped_conv_jax.algorithms.devices import Device
 from grouped_conv_jax.algorithms.table import find, unsupported
 from grouped_conv_jax.spec import Contraction, ConvSpec, Role
 
-context = jax.make_user_context(None)
+context = jax_compat.make_user_context(None)
 """Holds the `Tuning` of the context, or None."""
 
 

@@ -4,9 +4,9 @@ import uuid
 from collections import Counter
 from typing import NamedTuple
 
-import jax
 from jax.sharding import Mesh
 
+from grouped_conv_jax import jax_compat
 from grouped_conv_jax.algorithms.devices import Device
 from grouped_conv_jax.algorithms.ranking import Choices
 from grouped_conv_jax.algorithms.table import Asked
@@ -51,5 +51,5 @@ class Watch:
         self.seen[equation, spec, device, divided_over] += 1
 
 
-watching = jax.make_user_context(None)
+watching = jax_compat.make_user_context(None)
 """The `Watch` that a lowering reports to, or None. (What it starts may run in another thread.)"""

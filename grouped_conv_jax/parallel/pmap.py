@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.sharding import Mesh, PartitionSpec
+
+from grouped_conv_jax.jax_compat import ClosedJaxpr, Jaxpr, Literal
 
 DEVICE = "devices of pmap"
 """The axis of pmap: the devices of the mesh, in the order of `mesh.devices.flat`."""

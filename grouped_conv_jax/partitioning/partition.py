@@ -20,22 +20,20 @@ always be said with whole axes.)
 import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax._src import dispatch  # For the one name that `requires_devices` needs.
-from jax.experimental.custom_partitioning import custom_partitioning
-from jax.experimental.xla_metadata import set_xla_metadata
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
+from grouped_conv_jax.jax_compat import Lowering, custom_partitioning, set_xla_metadata
+from grouped_conv_jax.partitioning.execution import execute
 from grouped_conv_jax.partitioning.explicit_mesh import axes_of_dimensions, has_explicit_axes
-from grouped_conv_jax.partitioning.plan import Dimensions, Plan, choose
+from grouped_conv_jax.partitioning.plan import Dimensions, Plan
+from grouped_conv_jax.partitioning.search import best_plan
 from grouped_conv_jax.partitioning.xla_partitioner import with_sharding
 from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec, Role
 from grouped_conv_jax.version import __version__
@@ -69,20 +67,12 @@ over.
 """
 
 
-def requires_devices(primitive: Primitive) -> None:
-    """Makes jit tell the lowering of a primitive which devices it is for, as
-    `custom_partitioning` must know (jax's changelog, 0.4.24).
-    """
-    dispatch.prim_requires_devices_during_lowering.add(primitive)
-
-
 def divided(
     compute: Compute,
     contraction: Contraction,
     spec: ConvSpec,
-    platform: str,
     key: str,
-    context: mlir.LoweringRuleContext,
+    lowering: Lowering,
     note: Note,
 ) -> Computation:
     """Returns the contraction as the devices that it is lowered for compute it together.
@@ -91,9 +81,8 @@ def divided(
       compute: computes the contraction of a spec.
       contraction: the contraction.
       spec: the whole convolution.
-      platform: the platform of the devices.
       key: what else `compute` depends on, for compilation caches.
-      context: the context of the lowering.
+      lowering: what it is lowered for.
       note: is told the specs that devices get. Those inside `shard_map` are in the jaxpr already,
         and are not told.
     """
@@ -105,14 +94,12 @@ def divided(
         note(spec, None)
         return local(first, second)
 
-    axes: Any = context.module_context.axis_context
-    types: list[Any] = [*context.avals_in, *context.avals_out]
-    if manual := getattr(axes, "manual_axes", None):
-        if manual == frozenset(axes.mesh.axis_names):
-            return local
+    types, devices = lowering.types, lowering.devices
+    if lowering.is_fully_manual:
+        return local
+    if lowering.manual_axes:
         # XLA dies of a custom partition under manual axes, and miscomputes without one.
         return _on_each_device(whole, types[0].sharding.mesh)
-    devices = getattr(axes, "device_assignment", None)
     if devices is None or len(devices) == 1 or spec.is_empty:
         return whole
     meshes = (x.sharding.mesh for x in types if not x.sharding.mesh.empty)
@@ -120,13 +107,11 @@ def divided(
     if typed is not None and _is_explicit(typed) and not spec.is_symbolic:
         return _in_shard_map(compute, contraction, spec, typed, types, note)
     # Where the shardings do not tell of a mesh, the devices are all on one axis.
-    sizes = dict(axes.abstract_mesh.shape) if axes.abstract_mesh is not None else {}
-    sizes = sizes or {"devices": len(devices)}
+    sizes = lowering.mesh_sizes or {"devices": len(devices)}
     mesh = Mesh(np.array(devices).reshape(list(sizes.values())), tuple(sizes))
     if spec.is_symbolic:  # The choice of what XLA divides rightly needs all sizes.
         return _on_each_device(whole, mesh)
-    is_export = context.module_context.lowering_parameters.for_export
-    if is_export or platform not in WITH_CUSTOM_PARTITIONING:
+    if lowering.is_export or lowering.platform not in WITH_CUSTOM_PARTITIONING:
 
         def by_xla(first: jax.Array, second: jax.Array) -> jax.Array:
             note(spec, mesh)
@@ -161,7 +146,7 @@ def _in_shard_map(
     contraction: Contraction,
     spec: ConvSpec,
     mesh: AbstractMesh,
-    types: list[Any],
+    types: Sequence[Any],
     note: Note,
 ) -> Computation:
     roles = (*OPERANDS[contraction], RESULT[contraction])
@@ -169,14 +154,14 @@ def _in_shard_map(
         role: tuple(axes_of_dimensions(x.sharding, x.ndim))
         for role, x in zip(roles, types, strict=True)
     }
-    plan = choose(contraction, spec, given, dict(mesh.shape))
+    plan = best_plan(contraction, spec, given, dict(mesh.shape))
     *operands, result = (PartitionSpec(*plan.boundary(role)) for role in roles)
 
     def computation(first: jax.Array, second: jax.Array) -> jax.Array:
         note(plan.local_spec, None)
         # The mesh is that of the context, whose Explicit axes are Auto inside a lowering.
         function = jax.shard_map(
-            functools.partial(plan.compute, compute),
+            functools.partial(execute, plan, compute),
             in_specs=tuple(operands),
             out_specs=result,
             axis_names=set(mesh.axis_names),
@@ -220,14 +205,14 @@ def _partitioned(
             role: _decode(x.sharding, len(x.shape), mesh)
             for role, x in zip(names, (*operands, result), strict=True)
         }
-        plan = choose(contraction, spec, given, mesh.shape, xla_exchanges=XLA_EXCHANGES)
+        plan = best_plan(contraction, spec, given, mesh.shape, xla_exchanges=XLA_EXCHANGES)
         note(plan.local_spec, None)
 
         def on_device(first: jax.Array, second: jax.Array) -> jax.Array:
             # XLA may ask from another thread, without the contexts of the caller, or from the
             # caller's, whose Explicit mesh means nothing here.
             with bits_of(spec), jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
-                return plan.compute(compute, first, second)
+                return execute(plan, compute, first, second)
 
         shardings = [NamedSharding(mesh, PartitionSpec(*plan.boundary(role))) for role in names]
         return mesh, on_device, shardings[2], tuple(shardings[:2])
@@ -238,7 +223,7 @@ def _partitioned(
             for role, x in zip(names[:2], operands, strict=True)
         }
         given[names[2]] = ((),) * len(result.shape)
-        plan = choose(contraction, spec, given, mesh.shape)
+        plan = best_plan(contraction, spec, given, mesh.shape)
         return NamedSharding(mesh, PartitionSpec(*plan.sharded(names[2])))
 
     function = custom_partitioning(local)

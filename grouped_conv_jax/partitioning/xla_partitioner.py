@@ -45,8 +45,8 @@ def resolve(
     implementation: str | None,
     contraction: Contraction,
     spec: ConvSpec,
-    mesh: Mesh,
     device: Device,
+    mesh: Mesh,
     is_export: bool = False,
 ) -> str:
     """Returns the implementation that was asked for, or `choose`s one.

@@ -11,13 +11,13 @@ from typing import Any
 
 import jax
 from jax.core import Tracer
-from jax.extend.core import jaxprs_in_params
 from jax.sharding import AbstractMesh, AxisType, Mesh, Sharding
 
 from grouped_conv_jax.algorithms.devices import Device, check_one_platform
 from grouped_conv_jax.algorithms.ranking import Choices
 from grouped_conv_jax.algorithms.recording import Equation, Watch, watching
 from grouped_conv_jax.algorithms.table import asked_for
+from grouped_conv_jax.jax_compat import jaxprs_in_params
 from grouped_conv_jax.primitive import grouped_conv_p
 from grouped_conv_jax.spec import Contraction, ConvSpec
 from grouped_conv_jax.tuning import calls

@@ -128,14 +128,19 @@ def test_a_mapping_goes_through_transformations_and_layers():
         )
         return jnp.sum(y**2)
 
+    def square_sum(y):
+        return jnp.sum(y**2)
+
     layer = GroupedConv(4, 4, (3, 3), feature_group_count=2, implementation=asked, rngs=_rngs())
     linen = LinenGroupedConv(4, (3, 3), feature_group_count=2, implementation=asked)
     variables = linen.init(jax.random.key(0), x)
     functions = {
         "function": lambda x: jax.grad(loss, argnums=(0, 1))(x, w),
         "vmap": lambda x: jax.vmap(jax.grad(loss, argnums=(0, 1)), (0, None))(x[None], w),
-        "nnx": lambda x: jax.grad(lambda layer, x: jnp.sum(layer(x) ** 2))(layer, x),
-        "linen": lambda x: jax.grad(lambda v: jnp.sum(jnp.square(linen.apply(v, x))))(variables),
+        "nnx": lambda x: jax.grad(lambda layer, x: square_sum(layer(x)))(layer, x),
+        "linen": lambda x: jax.grad(lambda v: jnp.sum(jnp.asarray(linen.apply(v, x)) ** 2))(
+            variables
+        ),
     }
     for name, function in functions.items():
         text = jax.jit(function).lower(x).as_text(debug_info=True)

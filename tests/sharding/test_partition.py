@@ -36,7 +36,7 @@ from transformed import (
 )
 
 from grouped_conv_jax.collectives import Collective, collectives
-from grouped_conv_jax.partitioning.plan import choose
+from grouped_conv_jax.partitioning.search import best_plan
 from grouped_conv_jax.spec import ConvSpec
 
 
@@ -200,15 +200,15 @@ def test_the_choice_of_what_each_axis_splits():
     sizes = {"a": 2, "b": 2, "c": 2}
     by_batch, by_features = (("a", "b"), (), (), ()), ((), (), (), ("a", "b", "c"))
     whole = ((),) * 4
-    plan = choose("fprop", spec, {"lhs": by_batch, "rhs": whole, "out": whole}, sizes)
+    plan = best_plan("fprop", spec, {"lhs": by_batch, "rhs": whole, "out": whole}, sizes)
     assert dict(plan.split) == {"N": ("a", "b")}
     # Four groups: two axes for them, the third one has the outputs of a group.
-    plan = choose("fprop", spec, dict.fromkeys(("lhs", "rhs", "out"), by_features), sizes)
+    plan = best_plan("fprop", spec, dict.fromkeys(("lhs", "rhs", "out"), by_features), sizes)
     assert dict(plan.split) == {"G": ("a", "b"), "O": ("c",)}
-    plan = choose("wgrad", spec, {"lhs": by_batch, "out": by_batch, "rhs": by_features}, sizes)
+    plan = best_plan("wgrad", spec, {"lhs": by_batch, "out": by_batch, "rhs": by_features}, sizes)
     assert dict(plan.split) == {"N": ("a", "b")}
     assert dict(plan.scattered) == {3: ("a", "b")}
-    plan = choose("fprop", spec, {"lhs": whole, "rhs": whole, "out": whole}, sizes)
+    plan = best_plan("fprop", spec, {"lhs": whole, "rhs": whole, "out": whole}, sizes)
     assert dict(plan.split) == {}
 
 

@@ -13,6 +13,7 @@ import oracle
 from cases import NHWC, Case, each_case
 
 from grouped_conv_jax import grouped_conv_transpose
+from grouped_conv_jax.algorithms.table import Implementation
 
 NCHW = ("NCHW", "OIHW", "NCHW")
 
@@ -68,7 +69,7 @@ class Transposed(Case):
     def lengths(self) -> list[float]:
         return self.convolution.lengths
 
-    def conv(self, implementation: str | None = None, **more: Any) -> Callable[..., Any]:
+    def conv(self, implementation: Implementation = None, **more: Any) -> Callable[..., Any]:
         return lambda lhs, rhs: grouped_conv_transpose(
             lhs, rhs, **{**self.arguments, **more}, implementation=implementation
         )
