@@ -127,7 +127,7 @@ def _check_name(name: Any) -> None:
     if name is not None and not isinstance(name, str):
         raise TypeError(
             "implementation must be a name, a mapping from contractions to names, or None, got "
-            f"{shown(name)}"
+            f"{type(name).__name__}"
         )
     if name is not None and find(name) is None:
         raise ValueError(f"unknown implementation {name!r}; known: {', '.join(TABLE)}, or None")

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 from grouped_conv_jax.algorithms import table
 from grouped_conv_jax.algorithms.table import Implementation
 from grouped_conv_jax.operations import arguments
-from grouped_conv_jax.operations.forward import forward
+from grouped_conv_jax.operations.forward import Settings, forward
 from grouped_conv_jax.operations.padding import PaddingLike
 from grouped_conv_jax.partitioning.explicit_mesh import sharding_of_result
 from grouped_conv_jax.primitive import contract
@@ -101,9 +101,7 @@ def grouped_conv(
       (a group for each feature).
     """
     asked = table.parsed(implementation)
-    call = forward(
-        lhs,
-        rhs,
+    settings = Settings(
         window_strides,
         padding,
         lhs_dilation,
@@ -114,6 +112,7 @@ def grouped_conv(
         precision,
         preferred_element_type,
     )
+    call = forward(lhs, rhs, settings)
     lhs = call.prepared(lhs)
     sharding = sharding_of_result(
         "fprop", call.spec, jax.typeof(lhs), jax.typeof(rhs), out_sharding

@@ -18,13 +18,31 @@ from grouped_conv_jax.spec import ConvSpec, Role
 
 
 @dataclasses.dataclass(frozen=True)
+class Settings:
+    """The settings of a convolution as a caller gives them: see `grouped_conv`.
+
+    They are not checked yet. `forward` checks them together with the arrays.
+    """
+
+    window_strides: Any
+    padding: Any
+    lhs_dilation: Any = None
+    rhs_dilation: Any = None
+    dimension_numbers: Any = None
+    feature_group_count: Any = 1
+    batch_group_count: Any = 1
+    precision: Any = None
+    preferred_element_type: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Forward:
     """One convolution as it was asked for.
 
     Attributes:
-      spec: of the convolution proper, with feature groups only and padded with zeros only.
-      rearrange: what makes the batch groups of lhs feature groups; None if there are none.
-      extension: what is put beyond the ends of it that is not zeros.
+      spec: the convolution proper, with feature groups only, and padded with zeros only.
+      rearrange: makes feature groups of the batch groups of `lhs`; None if there are none.
+      extension: puts what is not zeros beyond the ends of `lhs`.
     """
 
     spec: ConvSpec
@@ -36,54 +54,46 @@ class Forward:
         return self.rearrange is not None or bool(self.extension.sides)
 
     def prepared(self, lhs: Any) -> Any:
-        """The lhs of `spec`; linear in the one that was given."""
+        """Returns the lhs of `spec`, a linear function of the caller's lhs."""
         if self.rearrange is not None:
             lhs = untyped(self.rearrange, jax.typeof(lhs).sharding)(lhs)
         return self.extension(lhs)
 
     def sharding_of_prepared(self, sharding: NamedSharding) -> NamedSharding:
-        """Of the lhs of `spec`, where the one that was given has this one."""
+        """Returns the sharding of `spec`'s lhs, given the sharding of the caller's lhs."""
         if self.rearrange is not None:
             # The batch and the features have other sizes.
             return NamedSharding(sharding.mesh, PartitionSpec())
         return self.extension.sharding(sharding, len(self.spec.lhs_shape))
 
 
-def forward(
-    lhs: Any,
-    rhs: Any,
-    window_strides: Any,
-    padding: Any,
-    lhs_dilation: Any = None,
-    rhs_dilation: Any = None,
-    dimension_numbers: Any = None,
-    feature_group_count: Any = 1,
-    batch_group_count: Any = 1,
-    precision: Any = None,
-    preferred_element_type: Any = None,
-    *,
-    result: Role = "out",
-) -> Forward:
-    """Arguments as in `grouped_conv`; of `lhs` and `rhs` the types will do. `result` is the array
-    that the operation computes.
+def forward(lhs: Any, rhs: Any, settings: Settings, *, result: Role = "out") -> Forward:
+    """Checks the arguments of a convolution, and returns the convolution that they ask for.
+
+    Args:
+      lhs: the input, or its type.
+      rhs: the kernel, or its type.
+      settings: the settings.
+      result: the array that the operation computes.
 
     Raises:
       ValueError, TypeError: an argument is wrong; the message says which and how to mend it.
     """
-    batch_groups = arguments.group_count("batch_group_count", batch_group_count)
-    groups = arguments.group_count("feature_group_count", feature_group_count)
+    batch_groups = arguments.group_count("batch_group_count", settings.batch_group_count)
+    groups = arguments.group_count("feature_group_count", settings.feature_group_count)
     lhs, rhs = arguments.array_type("lhs", lhs), arguments.array_type("rhs", rhs)
     rearrange = None
     if batch_groups > 1:
-        lhs, rearrange = _feature_groups(lhs, rhs, dimension_numbers, groups, batch_groups)
+        lhs, rearrange = _feature_groups(lhs, rhs, settings.dimension_numbers, groups, batch_groups)
         groups = batch_groups
     arguments.check_same_dtype(lhs=lhs, rhs=rhs)
-    numbers = arguments.layout(lhs.shape, rhs.shape, dimension_numbers)
+    numbers = arguments.layout(lhs.shape, rhs.shape, settings.dimension_numbers)
     rank = lhs.ndim - 2
-    strides = arguments.integers("window_strides", window_strides, rank)
-    lhs_dilation = arguments.integers("lhs_dilation", lhs_dilation, rank, default=1)
-    rhs_dilation = arguments.integers("rhs_dilation", rhs_dilation, rank, default=1)
+    strides = arguments.integers("window_strides", settings.window_strides, rank)
+    lhs_dilation = arguments.integers("lhs_dilation", settings.lhs_dilation, rank, default=1)
+    rhs_dilation = arguments.integers("rhs_dilation", settings.rhs_dilation, rank, default=1)
     arguments.check_groups(lhs.shape, rhs.shape, numbers, groups)
+    padding = settings.padding
     if isinstance(padding, str) and any(d != 1 for d in lhs_dilation):
         raise ValueError(
             f"padding={padding!r} has no meaning with lhs_dilation={lhs_dilation}; "
@@ -98,12 +108,12 @@ def forward(
         lhs_dilation,
     )
     lhs_shape = extended.shape(lhs.shape)
-    precision = arguments.precision(precision)
+    precision = arguments.precision(settings.precision)
     spec = ConvSpec(
         lhs_shape=lhs_shape,
         rhs_shape=rhs.shape,
         dtype=lhs.dtype,
-        wide_dtype=arguments.result_dtype(lhs.dtype, precision, preferred_element_type),
+        wide_dtype=arguments.result_dtype(lhs.dtype, precision, settings.preferred_element_type),
         window_strides=strides,
         padding=pairs,
         lhs_dilation=lhs_dilation,

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 from grouped_conv_jax.algorithms import table
 from grouped_conv_jax.algorithms.table import Implementation
 from grouped_conv_jax.operations import arguments
-from grouped_conv_jax.operations.forward import Forward, forward
+from grouped_conv_jax.operations.forward import Forward, Settings, forward
 from grouped_conv_jax.operations.padding import PaddingLike
 from grouped_conv_jax.partitioning.explicit_mesh import (
     canonical,
@@ -85,9 +85,7 @@ def grouped_conv_input_grad(
     asked = table.parsed(implementation)
     rhs_type = arguments.array_type("rhs", rhs)
     lhs = ShapedArray(arguments.shape("lhs_shape", lhs_shape), rhs_type.dtype)
-    call = forward(
-        lhs,
-        rhs_type,
+    settings = Settings(
         window_strides,
         padding,
         lhs_dilation,
@@ -97,8 +95,8 @@ def grouped_conv_input_grad(
         batch_group_count,
         precision,
         preferred_element_type,
-        result="lhs",
     )
+    call = forward(lhs, rhs_type, settings, result="lhs")
     given = _checked_cotangent(cotangent, call)
     wanted = inner = None
     if out_sharding is not None:
@@ -189,9 +187,7 @@ def grouped_conv_kernel_grad(
     """
     asked = table.parsed(implementation)
     lhs_type = arguments.array_type("lhs", lhs)
-    call = forward(
-        lhs_type,
-        ShapedArray(arguments.shape("rhs_shape", rhs_shape), lhs_type.dtype),
+    settings = Settings(
         window_strides,
         padding,
         lhs_dilation,
@@ -201,8 +197,9 @@ def grouped_conv_kernel_grad(
         batch_group_count,
         precision,
         preferred_element_type,
-        result="rhs",
     )
+    rhs_type = ShapedArray(arguments.shape("rhs_shape", rhs_shape), lhs_type.dtype)
+    call = forward(lhs_type, rhs_type, settings, result="rhs")
     given = _checked_cotangent(cotangent, call)
     prepared = call.prepared(lhs)
     return contract(

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from grouped_conv_jax.operations import arguments
-from grouped_conv_jax.operations.forward import Forward, forward
+from grouped_conv_jax.operations.forward import Forward, Settings, forward
 from grouped_conv_jax.operations.padding import PaddingLike
 from grouped_conv_jax.operations.patches import extract, kernel_type
 from grouped_conv_jax.partitioning.explicit_mesh import sharding_of_result, untyped
@@ -128,18 +128,10 @@ def _call(
     taps = arguments.integers("filter_shape", filter_shape, lhs.ndim - 2)
     depth = lhs.shape[numbers.lhs_spec[1]] // groups
     outputs = kernels.shape[numbers.rhs_spec[0]]
-    call = forward(
-        lhs,
-        kernel_type(lhs, outputs, depth, taps, numbers),
-        window_strides,
-        padding,
-        lhs_dilation,
-        rhs_dilation,
-        numbers,
-        groups,
-        1,
-        *more,
+    settings = Settings(
+        window_strides, padding, lhs_dilation, rhs_dilation, numbers, groups, 1, *more
     )
+    call = forward(lhs, kernel_type(lhs, outputs, depth, taps, numbers), settings)
     sizes = (outputs, depth * math.prod(taps), *call.spec.spatial_shape("out"))
     expected = [sizes[numbers.rhs_spec.index(d)] for d in range(lhs.ndim)]
     if tuple(kernels.shape) != tuple(expected):

@@ -17,7 +17,7 @@ from grouped_conv_jax.algorithms import table
 from grouped_conv_jax.algorithms.table import Implementation
 from grouped_conv_jax.operations import arguments
 from grouped_conv_jax.operations.conv import grouped_conv
-from grouped_conv_jax.operations.forward import forward
+from grouped_conv_jax.operations.forward import Settings, forward
 from grouped_conv_jax.operations.padding import Geometry, Pad, PaddingLike, pads
 from grouped_conv_jax.operations.per_part import dilations, listed, paddings
 from grouped_conv_jax.partitioning.explicit_mesh import sharding_of_result, untyped
@@ -267,7 +267,7 @@ def _spec(lhs: Any, run: _Part, shared: dict[str, Any]) -> ConvSpec:
     shape = list(lhs.shape)
     shape[shared["dimension_numbers"].lhs_spec[1]] = run.size
     like = jax.typeof(jax.ShapeDtypeStruct(shape, lhs.dtype))
-    return forward(like, run.kernel, **run.arguments, **shared).spec
+    return forward(like, run.kernel, Settings(**run.arguments, **shared)).spec
 
 
 def _check_sizes(sizes: Sequence[tuple[int, ...]], padding: Any) -> None:

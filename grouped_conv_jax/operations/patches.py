@@ -16,7 +16,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from grouped_conv_jax.operations import arguments
-from grouped_conv_jax.operations.forward import forward
+from grouped_conv_jax.operations.forward import Settings, forward
 from grouped_conv_jax.operations.padding import PaddingLike
 from grouped_conv_jax.partitioning.explicit_mesh import sharding_of_result, untyped
 from grouped_conv_jax.spec import ConvSpec
@@ -84,9 +84,7 @@ def grouped_conv_patches(
     # The convolution whose kernel has a one for each feature and tap.
     groups = max(features, 1)
     kernel = kernel_type(like, features * math.prod(taps), features // groups, taps, numbers)
-    call = forward(
-        like,
-        kernel,
+    settings = Settings(
         window_strides,
         padding,
         lhs_dilation,
@@ -96,6 +94,7 @@ def grouped_conv_patches(
         precision=precision,
         preferred_element_type=preferred_element_type,
     )
+    call = forward(like, kernel, settings)
     spec = call.spec
 
     def move(lhs: jax.Array) -> jax.Array:

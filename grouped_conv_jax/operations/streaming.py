@@ -16,7 +16,7 @@ from jax.typing import ArrayLike, DTypeLike
 from grouped_conv_jax.algorithms.table import Implementation
 from grouped_conv_jax.operations import arguments
 from grouped_conv_jax.operations.conv import grouped_conv
-from grouped_conv_jax.operations.forward import forward
+from grouped_conv_jax.operations.forward import Settings, forward
 from grouped_conv_jax.partitioning.explicit_mesh import (
     has_explicit_axes,
     mesh_of,
@@ -120,7 +120,7 @@ def streaming_conv(
         seen, before = x, (0, 0)
         if out_sharding is None:
             # That of the chunk, which may be sharded in time.
-            spec = forward(like, kernel, (1,), [(past, 0)], **settings).spec
+            spec = forward(like, kernel, Settings((1,), [(past, 0)], **settings)).spec
             out_sharding = sharding_of_result("fprop", spec, like, kernel, None)
     out = grouped_conv(
         seen,

@@ -103,7 +103,7 @@ def test_what_cannot_be_registered(name, value, error, message):
     [
         ({"forward": "taps"}, ValueError, "unknown contraction 'forward' in implementation; known"),
         ({"fprop": "tapz"}, ValueError, "unknown implementation 'tapz'; known"),
-        ({"fprop": 3}, TypeError, "a mapping from contractions to names, or None, got 3"),
+        ({"fprop": 3}, TypeError, "a mapping from contractions to names, or None, got int"),
         (["taps"], TypeError, "implementation must be a name, a mapping"),
     ],
 )
