@@ -545,5 +545,5 @@ def test_a_name_that_cannot_be_written_is_refused():
     nested: Any = 1
     for _ in range(100_000):
         nested = [nested]
-    with pytest.raises(TypeError, match="implementation must be a name, .* or None, got list"):
+    with pytest.raises(TypeError, match=r"implementation must be a name, .* or None, got list"):
         grouped_conv(ones(LHS), ones((4, 6, 3, 3)), (1, 1), "SAME", implementation=nested)
