@@ -31,9 +31,12 @@ def room(module: str) -> str:
 
 def imports(source: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(source.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("grouped_conv_jax"):
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-            yield from names if node.module == "grouped_conv_jax" else [node.module]
+        if not isinstance(node, ast.ImportFrom) or node.module is None:
+            continue
+        if node.module == "grouped_conv_jax":
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif node.module.startswith("grouped_conv_jax"):
+            yield node.module
 
 
 def test_every_folder_and_module_has_its_layer():
