@@ -12,7 +12,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from drawings.convolution import draw_convolution
-from drawings.cuboids import save
+from drawings.files import save
 from drawings.shapes import convolution, layers
 from drawings.two_towers import draw_towers
 from grouped_conv_jax.models import AlexNetConfig
@@ -78,7 +78,8 @@ def save_drawings(options: Options) -> None:
     """Writes all of them."""
     options.output.mkdir(parents=True, exist_ok=True)
     for name, (draw, description) in DRAWINGS.items():
-        save(options.output / f"{name}{options.suffix}", draw(), name, description)
+        path = options.output / f"{name}{options.suffix}"
+        save(draw(), path, name, description, **{"savefig.dpi": 150})
 
 
 def main() -> None:

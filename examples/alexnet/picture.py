@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
+from drawings.files import save
 from grouped_conv_jax.models import AlexNetConfig, alexnet_exchanges
 from grouped_conv_jax.towers import DATA, GROUP
 
@@ -48,10 +49,9 @@ class Tower:
 
 def save_placement(path: Path, mesh: jax.sharding.Mesh, config: AlexNetConfig) -> None:
     """Draws the net on the mesh; the suffix of `path` names the format, such as .svg or .png."""
-    # Without a date and random names, the same placement gives the same file.
-    with matplotlib.rc_context({"svg.hashsalt": "placement", "figure.dpi": 100}):
-        metadata = {"Date": None} if path.suffix == ".svg" else None
-        draw_placement(mesh, config).savefig(path, metadata=metadata)
+    settings = {"figure.dpi": 100}
+    with matplotlib.rc_context(settings):
+        save(draw_placement(mesh, config), path, **settings)
 
 
 def draw_placement(mesh: jax.sharding.Mesh, config: AlexNetConfig) -> Figure:

@@ -12,6 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from benchmarks.results import Run
 from benchmarks.tables import description, three_digits
 from benchmarks.workloads import Mode, Workload
+from drawings.files import save
 
 CONTENDERS = {
     "ours": ("grouped_conv_jax", "#2266aa"),
@@ -42,10 +43,9 @@ BAR = 0.27
 
 def save_picture(path: Path, run: Run) -> None:
     """Draws a run; the suffix of `path` names the format, such as .svg or .png."""
-    # Without a date and random names, the same result gives the same file.
-    with matplotlib.rc_context({"svg.hashsalt": "benchmark", "figure.dpi": 100, "font.size": 9}):
-        metadata = {"Date": None} if path.suffix == ".svg" else None
-        draw_picture(run).savefig(path, metadata=metadata)
+    settings = {"figure.dpi": 100, "font.size": 9}
+    with matplotlib.rc_context(settings):
+        save(draw_picture(run), path, **settings)
 
 
 def draw_picture(run: Run) -> Figure:

@@ -6,10 +6,8 @@ to the upper right.
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
@@ -146,17 +144,3 @@ def page(width: float, height: float) -> tuple[Figure, Axes]:
     axes.set(xlim=(0, width), ylim=(0, height))
     axes.set_axis_off()
     return figure, axes
-
-
-def save(path: Path, figure: Figure, title: str, description: str) -> None:
-    """Writes a figure; the suffix of `path` names the format, such as .svg or .png.
-
-    The letters of an SVG are outlines, the same everywhere; what they say is beside them in
-    comments, and in the description.
-    """
-    # Without a date and random names, the same figure gives the same file.
-    with matplotlib.rc_context({"svg.hashsalt": "drawings", "svg.fonttype": "path"}):
-        metadata = None
-        if path.suffix == ".svg":
-            metadata = {"Date": None, "Title": title, "Description": description}
-        figure.savefig(path, metadata=metadata, dpi=150)

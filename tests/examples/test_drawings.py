@@ -1,5 +1,6 @@
 """The drawings say what the operation and the net say of their shapes, and are those in docs."""
 
+import html
 import re
 from collections import Counter
 from pathlib import Path
@@ -30,8 +31,9 @@ def texts(figure) -> list[str]:
 
 
 def texts_of(path: Path) -> list[str]:
-    """What is written in an SVG; matplotlib puts it beside the outlines of the letters."""
-    return re.findall(r"<!-- (.+?) -->", path.read_text())
+    """Returns the lines of text in an SVG."""
+    found = re.findall(r"<text[^>]*>(.+?)</text>", path.read_text().replace("\n", ""))
+    return [html.unescape(re.sub(r"<[^>]+>", "", text)).strip() for text in found]
 
 
 def out_shape(lhs: tuple[int, ...], rhs: tuple[int, ...], groups: int) -> tuple[int, ...]:
