@@ -79,7 +79,7 @@ def save_drawings(options: Options) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     for name, (draw, description) in DRAWINGS.items():
         path = options.output / f"{name}{options.suffix}"
-        save(draw(), path, name, description, **{"savefig.dpi": 150})
+        save(draw(), path, {"savefig.dpi": 150}, name, description)
 
 
 def main() -> None:

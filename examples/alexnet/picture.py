@@ -49,9 +49,9 @@ class Tower:
 
 def save_placement(path: Path, mesh: jax.sharding.Mesh, config: AlexNetConfig) -> None:
     """Draws the net on the mesh; the suffix of `path` names the format, such as .svg or .png."""
-    settings = {"figure.dpi": 100}
+    settings: dict[Any, Any] = {"figure.dpi": 100}
     with matplotlib.rc_context(settings):
-        save(draw_placement(mesh, config), path, **settings)
+        save(draw_placement(mesh, config), path, settings)
 
 
 def draw_placement(mesh: jax.sharding.Mesh, config: AlexNetConfig) -> Figure:

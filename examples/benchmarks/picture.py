@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -43,9 +44,9 @@ BAR = 0.27
 
 def save_picture(path: Path, run: Run) -> None:
     """Draws a run; the suffix of `path` names the format, such as .svg or .png."""
-    settings = {"figure.dpi": 100, "font.size": 9}
+    settings: dict[Any, Any] = {"figure.dpi": 100, "font.size": 9}
     with matplotlib.rc_context(settings):
-        save(draw_picture(run), path, **settings)
+        save(draw_picture(run), path, settings)
 
 
 def draw_picture(run: Run) -> Figure:

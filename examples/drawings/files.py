@@ -13,7 +13,11 @@ LINE = 500
 
 
 def save(
-    figure: Figure, path: Path, title: str = "", description: str = "", **settings: Any
+    figure: Figure,
+    path: Path,
+    settings: dict[Any, Any],
+    title: str = "",
+    description: str = "",
 ) -> None:
     """Writes a figure; the suffix of `path` names the format, such as .svg or .png.
 
@@ -22,16 +26,16 @@ def save(
     Args:
       figure: what is drawn.
       path: the file.
+      settings: settings of matplotlib.
       title: the title of an SVG.
       description: what an SVG shows, for those who cannot see it.
-      **settings: of matplotlib.
     """
     if path.suffix != ".svg":
         with matplotlib.rc_context(settings):
             figure.savefig(path)
         return
     # Without a date and random names, the same figure gives the same file.
-    settings |= {"svg.hashsalt": "drawing", "svg.fonttype": "none"}
+    settings = settings | {"svg.hashsalt": "drawing", "svg.fonttype": "none"}
     written = io.StringIO()
     with matplotlib.rc_context(settings):
         metadata = {"Date": None, "Title": title, "Description": description}
