@@ -20,7 +20,6 @@ import numpy as np
 from jax import lax
 
 from grouped_conv_jax.algorithms import costs, memory, xla
-from grouped_conv_jax.algorithms.base import Algorithm
 from grouped_conv_jax.algorithms.devices import Device
 from grouped_conv_jax.spec import RESULT, Contraction, ConvSpec
 
@@ -37,7 +36,7 @@ WIDE = 32
 """Features of a group, from which on folding rows into features saves more than its copies take."""
 
 
-class Dense(Algorithm):
+class Dense(memory.InParts):
     """One dense convolution for each group."""
 
     takes_dot_algorithm = True
@@ -58,17 +57,11 @@ class Dense(Algorithm):
         work = copied / costs.BYTES_PER_SECOND + costs.flops(spec) / rate
         return costs.CALL * spec.feature_group_count + work
 
-    def temporary_bytes(self, contraction: Contraction, spec: ConvSpec) -> int:
-        return memory.in_parts(_stored, contraction, spec)
+    def stored(self, contraction: Contraction, spec: ConvSpec) -> int:
+        return _stored(contraction, spec)
 
-    def fprop(self, lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
-        return memory.by_batches(_fprop, _stored, "fprop", lhs, rhs, spec)
-
-    def dgrad(self, out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
-        return memory.by_batches(_dgrad, _stored, "dgrad", out, rhs, spec)
-
-    def wgrad(self, lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
-        return memory.by_batches(_wgrad, _stored, "wgrad", lhs, out, spec)
+    def whole(self, contraction: Contraction) -> memory.Compute:
+        return {"fprop": _fprop, "dgrad": _dgrad, "wgrad": _wgrad}[contraction]
 
 
 def _is_faster_on_accelerator(contraction: Contraction, spec: ConvSpec, device: Device) -> bool:

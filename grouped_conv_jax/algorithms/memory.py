@@ -2,7 +2,7 @@
 
 Two bounds hold for what is chosen automatically on a CPU. A contraction stores no more than lax
 does for the same call, and no more than three times its arrays. Where an algorithm would store
-more, it computes a part of the batch at a time (`by_batches`), and stores only that part's
+more, it computes a part of the batch at a time (`InParts`), and stores only that part's
 temporary arrays.
 
     8 examples, float16, depthwise with 4 outputs, kernel gradient: 4.0 MB of arrays
@@ -23,6 +23,7 @@ import numpy as np
 from jax import lax
 
 from grouped_conv_jax.algorithms import costs
+from grouped_conv_jax.algorithms.base import Algorithm
 from grouped_conv_jax.algorithms.phases import dimensions, padding
 from grouped_conv_jax.jax_compat import varying
 from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec, Role
@@ -150,7 +151,7 @@ def examples_at_once(estimate: Estimate, contraction: Contraction, spec: ConvSpe
 
 
 def in_parts(estimate: Estimate, contraction: Contraction, spec: ConvSpec) -> int:
-    """Returns the temporary bytes of a contraction that is computed by `by_batches`."""
+    """Returns the temporary bytes of a contraction that `InParts` computes."""
     size = examples_at_once(estimate, contraction, spec)
     return _in_parts(estimate, contraction, spec, size)
 
@@ -170,41 +171,49 @@ def bits_bytes(spec: ConvSpec) -> int:
     return sum(array_bytes(spec, r) for r in arrays if _is_sliced_as_bits(spec.role_dtype(r)))
 
 
-def by_batches(
-    compute: Compute,
-    estimate: Estimate,
-    contraction: Contraction,
-    first: jax.Array,
-    second: jax.Array,
-    spec: ConvSpec,
-) -> jax.Array:
-    """Computes a contraction, on a CPU as many examples at a time as the limit allows.
+class InParts(Algorithm):
+    """An algorithm that computes a few examples at a time where the whole batch would store more
+    than the limit.
 
-    Args:
-      compute: computes the contraction of the batch that the spec says.
-      estimate: the temporary bytes of `compute`.
-      contraction: what is computed.
-      first: the first operand, in the layout of the spec.
-      second: the second operand.
-      spec: the convolution of the whole batch.
+    A subclass provides `stored` and `whole` in place of the methods below.
     """
-    whole = _rounded(compute, contraction, spec)
-    size = examples_at_once(estimate, contraction, spec)
-    if size >= batch_size(spec):
-        return whole(first, second)
 
-    def parts(first: jax.Array, second: jax.Array) -> jax.Array:
-        return _each_part(compute, contraction, first, second, spec, size)
+    def stored(self, contraction: Contraction, spec: ConvSpec) -> int:
+        """Returns the temporary bytes of the batch that the spec has, at most."""
+        raise NotImplementedError
 
-    # The bounds are those of a CPU. Other platforms compute the whole batch at once.
-    return lax.platform_dependent(first, second, cpu=parts, default=whole)
+    def whole(self, contraction: Contraction) -> Compute:
+        """Returns the function that computes the batch that the spec has."""
+        raise NotImplementedError
 
+    def temporary_bytes(self, contraction: Contraction, spec: ConvSpec) -> int:
+        return in_parts(self.stored, contraction, spec)
 
-def _rounded(
-    compute: Compute, contraction: Contraction, spec: ConvSpec
-) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    dtype = spec.role_dtype(RESULT[contraction])
-    return lambda first, second: compute(first, second, spec).astype(dtype)
+    def fprop(self, lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
+        return self._compute("fprop", lhs, rhs, spec)
+
+    def dgrad(self, out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
+        return self._compute("dgrad", out, rhs, spec)
+
+    def wgrad(self, lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
+        return self._compute("wgrad", lhs, out, spec)
+
+    def _compute(
+        self, contraction: Contraction, first: jax.Array, second: jax.Array, spec: ConvSpec
+    ) -> jax.Array:
+        compute, dtype = self.whole(contraction), spec.role_dtype(RESULT[contraction])
+        size = examples_at_once(self.stored, contraction, spec)
+
+        def whole(first: jax.Array, second: jax.Array) -> jax.Array:
+            return compute(first, second, spec).astype(dtype)
+
+        def parts(first: jax.Array, second: jax.Array) -> jax.Array:
+            return _each_part(compute, contraction, first, second, spec, size)
+
+        if size >= batch_size(spec):
+            return whole(first, second)
+        # The bounds are those of a CPU. Other platforms compute the whole batch at once.
+        return lax.platform_dependent(first, second, cpu=parts, default=whole)
 
 
 def _each_part(

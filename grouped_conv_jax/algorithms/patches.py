@@ -15,7 +15,6 @@ import numpy as np
 from jax import lax
 
 from grouped_conv_jax.algorithms import costs, memory
-from grouped_conv_jax.algorithms.base import Algorithm
 from grouped_conv_jax.algorithms.devices import Device
 from grouped_conv_jax.algorithms.phases import (
     Dimension,
@@ -36,7 +35,7 @@ MAX_PIECES = 512
 """Pieces: what each tap sees of each group, and the phases of each."""
 
 
-class Patches(Algorithm):
+class Patches(memory.InParts):
     """Matrix products, one for each group and row of the kernel."""
 
     def supports(self, contraction: Contraction, spec: ConvSpec, device: Device) -> str | None:
@@ -69,17 +68,11 @@ class Patches(Algorithm):
             rate *= 0.25
         return costs.CALL * calls + moved + costs.flops(spec) / rate
 
-    def temporary_bytes(self, contraction: Contraction, spec: ConvSpec) -> int:
-        return memory.in_parts(_stored, contraction, spec)
+    def stored(self, contraction: Contraction, spec: ConvSpec) -> int:
+        return _stored(contraction, spec)
 
-    def fprop(self, lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
-        return memory.by_batches(_fprop, _stored, "fprop", lhs, rhs, spec)
-
-    def dgrad(self, out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
-        return memory.by_batches(_dgrad, _stored, "dgrad", out, rhs, spec)
-
-    def wgrad(self, lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
-        return memory.by_batches(_wgrad, _stored, "wgrad", lhs, out, spec)
+    def whole(self, contraction: Contraction) -> memory.Compute:
+        return {"fprop": _fprop, "dgrad": _dgrad, "wgrad": _wgrad}[contraction]
 
 
 def _stored(contraction: Contraction, spec: ConvSpec) -> int:

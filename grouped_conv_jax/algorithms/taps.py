@@ -20,7 +20,6 @@ import numpy as np
 from jax import lax
 
 from grouped_conv_jax.algorithms import costs, memory
-from grouped_conv_jax.algorithms.base import Algorithm
 from grouped_conv_jax.algorithms.devices import Device
 from grouped_conv_jax.algorithms.phases import (
     Dimension,
@@ -56,7 +55,7 @@ SUMMANDS = 8
 """How many products the kernel's gradient adds up before it stores a sum."""
 
 
-class Taps(Algorithm):
+class Taps(memory.InParts):
     """Multiply-adds over the taps of the kernel, fused into one loop."""
 
     def supports(self, contraction: Contraction, spec: ConvSpec, device: Device) -> str | None:
@@ -106,17 +105,11 @@ class Taps(Algorithm):
             rate = 3e9  # Not made of vectors.
         return costs.CALL + 2 * moved + costs.flops(spec) / rate
 
-    def temporary_bytes(self, contraction: Contraction, spec: ConvSpec) -> int:
-        return memory.in_parts(_stored, contraction, spec)
+    def stored(self, contraction: Contraction, spec: ConvSpec) -> int:
+        return _stored(contraction, spec)
 
-    def fprop(self, lhs: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
-        return memory.by_batches(_fprop, _stored, "fprop", lhs, rhs, spec)
-
-    def dgrad(self, out: jax.Array, rhs: jax.Array, spec: ConvSpec) -> jax.Array:
-        return memory.by_batches(_dgrad, _stored, "dgrad", out, rhs, spec)
-
-    def wgrad(self, lhs: jax.Array, out: jax.Array, spec: ConvSpec) -> jax.Array:
-        return memory.by_batches(_wgrad, _stored, "wgrad", lhs, out, spec)
+    def whole(self, contraction: Contraction) -> memory.Compute:
+        return {"fprop": _fprop, "dgrad": _dgrad, "wgrad": _wgrad}[contraction]
 
 
 def _stored(contraction: Contraction, spec: ConvSpec) -> int:

@@ -140,15 +140,23 @@ def _device_here(kind: Device) -> Any:
 
 
 def _different(contraction: Contraction, spec: ConvSpec, device: Device) -> list[str]:
-    """Returns the implementations that support this, with each of their configs; of several with
-    the same function the first.
+    """Returns the implementations that support this, with each of their configs.
+
+    An algorithm that inherits the contraction of another one in the table is left out.
     """
-    names: dict[Callable, list[str]] = {}
-    for name, algorithm in TABLE.items():
-        if unsupported(name, contraction, spec, device) is None:
-            function = getattr(type(algorithm), contraction)
-            names.setdefault(function, variants(name, contraction, spec, device))
-    return [variant for group in names.values() for variant in group]
+    able = [n for n in TABLE if unsupported(n, contraction, spec, device) is None]
+
+    def inherits(name: str, other: str) -> bool:
+        own, base = type(TABLE[name]), type(TABLE[other])
+        same = getattr(own, contraction) is getattr(base, contraction)
+        return own is not base and issubclass(own, base) and same
+
+    return [
+        variant
+        for name in able
+        if not any(inherits(name, other) for other in able)
+        for variant in variants(name, contraction, spec, device)
+    ]
 
 
 def _warn(name: str, subject: Subject, error: Exception) -> None:
