@@ -29,7 +29,7 @@ from grouped_conv_jax.algorithms.recording import Equation, Watch, watching
 from grouped_conv_jax.algorithms.table import Asked, asked_for, registered_key
 from grouped_conv_jax.jax_compat import Lowering, Primitive, ad, batching, mlir
 from grouped_conv_jax.partitioning import xla_partitioner
-from grouped_conv_jax.partitioning.explicit_mesh import has_explicit_axes, untyped
+from grouped_conv_jax.partitioning.explicit_mesh import has_explicit_axes, with_auto_axes
 from grouped_conv_jax.partitioning.partition import bits_of, divided
 from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec, Factor, Role
 
@@ -201,7 +201,7 @@ def _lowering_rule(platform: str):
         key = f"{implementation} {choices} {measured_on} {watch} {registered_key()}"
         computation = divided(compute, contraction, spec, key, lowering, note)
         # The type of the result is settled; how it is computed need not be typed as well.
-        computation = untyped(computation, ctx.avals_out[0].sharding)
+        computation = with_auto_axes(computation, ctx.avals_out[0].sharding)
         with bits_of(spec):
             return mlir.lower_fun(computation, multiple_results=False)(ctx, *operands)
 

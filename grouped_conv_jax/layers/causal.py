@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grouped_conv_jax.layers.calling import Call, flattened
+from grouped_conv_jax.layers.call import Call, flattened
 from grouped_conv_jax.layers.convolution import check_elements, sizes
 from grouped_conv_jax.layers.window import Window, is_integer, window
 from grouped_conv_jax.operations import arguments

@@ -9,7 +9,7 @@ import jax
 
 from grouped_conv_jax.algorithms import table
 from grouped_conv_jax.algorithms.table import Implementation
-from grouped_conv_jax.layers.calling import Call
+from grouped_conv_jax.layers.call import Call
 from grouped_conv_jax.layers.window import Window
 from grouped_conv_jax.operations import arguments
 from grouped_conv_jax.operations.conv import grouped_conv

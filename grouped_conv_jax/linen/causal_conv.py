@@ -10,7 +10,7 @@ from flax.linen.dtypes import promote_dtype as flax_promote_dtype
 
 from grouped_conv_jax.algorithms.table import Implementation
 from grouped_conv_jax.layers import causal
-from grouped_conv_jax.layers.calling import Call, features_of
+from grouped_conv_jax.layers.call import Call, features_of
 from grouped_conv_jax.layers.convolution import check_features, convolved, sizes
 from grouped_conv_jax.layers.names import IN_LINEN, with_names
 from grouped_conv_jax.linen.parameters import call

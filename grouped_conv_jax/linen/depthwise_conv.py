@@ -9,7 +9,7 @@ from flax import linen
 from flax.linen.dtypes import promote_dtype as flax_promote_dtype
 
 from grouped_conv_jax.algorithms.table import Implementation
-from grouped_conv_jax.layers.calling import features_of
+from grouped_conv_jax.layers.call import features_of
 from grouped_conv_jax.layers.convolution import convolved, multiplied
 from grouped_conv_jax.layers.names import IN_LINEN, with_names
 from grouped_conv_jax.layers.window import LayerPadding, padding_of, window

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax import linen
 
-from grouped_conv_jax.layers.calling import batch_shape, features_of
+from grouped_conv_jax.layers.call import batch_shape, features_of
 from grouped_conv_jax.layers.convolution import check_no_other_convolution, sizes
 from grouped_conv_jax.layers.local import local_of
 from grouped_conv_jax.layers.names import IN_LINEN, with_names

@@ -7,7 +7,7 @@ import jax
 from flax import linen
 
 from grouped_conv_jax.algorithms.table import Implementation
-from grouped_conv_jax.layers.calling import features_of
+from grouped_conv_jax.layers.call import features_of
 from grouped_conv_jax.layers.convolution import sizes
 from grouped_conv_jax.layers.names import IN_LINEN, with_names
 from grouped_conv_jax.layers.transposed import transposed_of

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from grouped_conv_jax.layers.calling import Call, prepared
+from grouped_conv_jax.layers.call import Call, prepared
 from grouped_conv_jax.layers.convolution import check_elements
 
 

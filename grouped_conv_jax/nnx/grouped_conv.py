@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 
 from grouped_conv_jax.algorithms.table import Implementation
-from grouped_conv_jax.layers.calling import check_mask
+from grouped_conv_jax.layers.call import check_mask
 from grouped_conv_jax.layers.convolution import (
     Convolution,
     check_elements,

@@ -9,7 +9,7 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype as flax_promote_dtype
 from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 
-from grouped_conv_jax.layers.calling import check_mask
+from grouped_conv_jax.layers.call import check_mask
 from grouped_conv_jax.layers.convolution import check_elements, sizes
 from grouped_conv_jax.layers.local import local, local_of
 from grouped_conv_jax.layers.names import IN_NNX, with_names

@@ -8,7 +8,7 @@ from flax import nnx
 from flax.nnx.nn.linear import default_kernel_init
 
 from grouped_conv_jax.algorithms.table import Implementation
-from grouped_conv_jax.layers.calling import check_mask
+from grouped_conv_jax.layers.call import check_mask
 from grouped_conv_jax.layers.convolution import check_elements, sizes
 from grouped_conv_jax.layers.names import IN_NNX, with_names
 from grouped_conv_jax.layers.transposed import transposed, transposed_of

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from grouped_conv_jax.layers.calling import Call, batch_shape, prepared
+from grouped_conv_jax.layers.call import Call, batch_shape, prepared
 
 
 def with_shape(initializer: Callable[..., Any], shape: tuple[int, ...]) -> Callable[..., Any]:

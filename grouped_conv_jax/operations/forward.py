@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from grouped_conv_jax.operations import arguments
 from grouped_conv_jax.operations.padding import Extension, resolved
-from grouped_conv_jax.partitioning.explicit_mesh import untyped
+from grouped_conv_jax.partitioning.explicit_mesh import with_auto_axes
 from grouped_conv_jax.spec import ConvSpec, Role
 
 
@@ -56,7 +56,7 @@ class Forward:
     def prepared(self, lhs: Any) -> Any:
         """Returns the lhs of `spec`, a linear function of the caller's lhs."""
         if self.rearrange is not None:
-            lhs = untyped(self.rearrange, jax.typeof(lhs).sharding)(lhs)
+            lhs = with_auto_axes(self.rearrange, jax.typeof(lhs).sharding)(lhs)
         return self.extension(lhs)
 
     def sharding_of_prepared(self, sharding: NamedSharding) -> NamedSharding:

@@ -17,7 +17,7 @@ from grouped_conv_jax.operations import arguments
 from grouped_conv_jax.operations.forward import Forward, Settings, forward
 from grouped_conv_jax.operations.padding import PaddingLike
 from grouped_conv_jax.operations.patches import extract, kernel_type
-from grouped_conv_jax.partitioning.explicit_mesh import sharding_of_result, untyped
+from grouped_conv_jax.partitioning.explicit_mesh import sharding_of_result, with_auto_axes
 from grouped_conv_jax.spec import ConvSpec
 
 
@@ -106,7 +106,7 @@ def grouped_conv_local(
     x = call.prepared(jnp.asarray(lhs).astype(spec.accumulator))
     w = jnp.asarray(rhs).astype(spec.accumulator)
     sharding = sharding_of_result("fprop", spec, jax.typeof(x), jax.typeof(w), out_sharding)
-    return untyped(compute, sharding)(x, w)
+    return with_auto_axes(compute, sharding)(x, w)
 
 
 def _call(

@@ -20,7 +20,7 @@ from grouped_conv_jax.operations.conv import grouped_conv
 from grouped_conv_jax.operations.forward import Settings, forward
 from grouped_conv_jax.operations.padding import Geometry, Pad, PaddingLike, pads
 from grouped_conv_jax.operations.per_part import dilations, listed, paddings
-from grouped_conv_jax.partitioning.explicit_mesh import sharding_of_result, untyped
+from grouped_conv_jax.partitioning.explicit_mesh import sharding_of_result, with_auto_axes
 from grouped_conv_jax.spec import ConvSpec
 from grouped_conv_jax.text import shown
 
@@ -126,7 +126,7 @@ def grouped_conv_mixed(
         return jnp.concatenate(results, numbers.out_spec[1])
 
     sharding = _sharding(like, kernels, runs, specs, out_sharding)
-    return untyped(compute, sharding)(jnp.asarray(lhs), *map(jnp.asarray, rhs))
+    return with_auto_axes(compute, sharding)(jnp.asarray(lhs), *map(jnp.asarray, rhs))
 
 
 @dataclasses.dataclass(frozen=True)

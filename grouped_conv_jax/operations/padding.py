@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from grouped_conv_jax.operations.arguments import LARGEST, integer
-from grouped_conv_jax.partitioning.explicit_mesh import untyped
+from grouped_conv_jax.partitioning.explicit_mesh import with_auto_axes
 from grouped_conv_jax.text import shown
 
 PaddingLike = str | Sequence[Any]
@@ -240,7 +240,7 @@ class Extension:
         if not self.sides:
             return x
         sharding = self.sharding(jax.typeof(x).sharding, jnp.ndim(x))
-        return untyped(self._extended, sharding)(x)
+        return with_auto_axes(self._extended, sharding)(x)
 
     def _extended(self, x: jax.Array) -> jax.Array:
         for dimension, mode, before, after in self.sides:

@@ -18,7 +18,7 @@ from jax.typing import ArrayLike, DTypeLike
 from grouped_conv_jax.operations import arguments
 from grouped_conv_jax.operations.forward import Settings, forward
 from grouped_conv_jax.operations.padding import PaddingLike
-from grouped_conv_jax.partitioning.explicit_mesh import sharding_of_result, untyped
+from grouped_conv_jax.partitioning.explicit_mesh import sharding_of_result, with_auto_axes
 from grouped_conv_jax.spec import ConvSpec
 
 MOST_SLICES = 256
@@ -102,7 +102,7 @@ def grouped_conv_patches(
 
     # Wide already, since the transpose adds up.
     x = call.prepared(jnp.asarray(lhs).astype(spec.accumulator))
-    return untyped(move, sharding_of_result("fprop", spec, jax.typeof(x), kernel, None))(x)
+    return with_auto_axes(move, sharding_of_result("fprop", spec, jax.typeof(x), kernel, None))(x)
 
 
 def kernel_type(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from grouped_conv_jax.operations import arguments
-from grouped_conv_jax.partitioning.explicit_mesh import untyped
+from grouped_conv_jax.partitioning.explicit_mesh import with_auto_axes
 from grouped_conv_jax.text import shown
 
 
@@ -52,7 +52,7 @@ def channel_shuffle(x: ArrayLike, feature_group_count: int, axis: int = -1) -> j
         split = jnp.reshape(x, (*shape[:at], groups, shape[at] // groups, *shape[at + 1 :]))
         return jnp.swapaxes(split, at, at + 1).reshape(shape)
 
-    return untyped(shuffle, aval.sharding)(x)
+    return with_auto_axes(shuffle, aval.sharding)(x)
 
 
 def _axis(axis: Any, ndim: int) -> int:

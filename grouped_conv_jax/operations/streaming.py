@@ -21,7 +21,7 @@ from grouped_conv_jax.partitioning.explicit_mesh import (
     has_explicit_axes,
     mesh_of,
     sharding_of_result,
-    untyped,
+    with_auto_axes,
 )
 from grouped_conv_jax.text import shown
 
@@ -227,4 +227,4 @@ def _joined(state: ArrayLike, lhs: ArrayLike, time: int) -> jax.Array:
     def join(state: jax.Array, lhs: jax.Array) -> jax.Array:
         return lax.concatenate([state, lhs], time)
 
-    return untyped(join, sharding)(jnp.asarray(state), jnp.asarray(lhs))
+    return with_auto_axes(join, sharding)(jnp.asarray(state), jnp.asarray(lhs))

@@ -15,7 +15,7 @@ from grouped_conv_jax.algorithms.table import Implementation
 from grouped_conv_jax.incidence import extent, out_size
 from grouped_conv_jax.operations import arguments
 from grouped_conv_jax.operations.padding import TRANSPOSED, Geometry, PaddingLike, extension, pads
-from grouped_conv_jax.partitioning.explicit_mesh import sharding_of_result, untyped
+from grouped_conv_jax.partitioning.explicit_mesh import sharding_of_result, with_auto_axes
 from grouped_conv_jax.primitive import contract
 from grouped_conv_jax.spec import ConvSpec
 
@@ -223,7 +223,7 @@ def _turned(rhs: Any, spec: ConvSpec) -> jax.Array:
         w = jnp.swapaxes(w.reshape(groups, outputs // groups, inputs, *taps), 1, 2)
         return jnp.transpose(w.reshape(groups * inputs, outputs // groups, *taps), order)
 
-    return untyped(turn, _turned_sharding(rhs, spec))(rhs)
+    return with_auto_axes(turn, _turned_sharding(rhs, spec))(rhs)
 
 
 def _turned_sharding(rhs: Any, spec: ConvSpec) -> NamedSharding:

@@ -26,7 +26,7 @@ def has_explicit_axes(mesh: Mesh | AbstractMesh) -> bool:
     return AxisType.Explicit in mesh.axis_types
 
 
-def untyped(function: Callable, out_sharding: NamedSharding | None) -> Callable:
+def with_auto_axes(function: Callable, out_sharding: NamedSharding | None) -> Callable:
     """`function` with shardings left to the compiler inside, and its result of a given sharding.
 
     Axes that are not Explicit, such as the Manual ones within `shard_map`, stay what they are.

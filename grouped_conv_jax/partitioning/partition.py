@@ -32,7 +32,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from grouped_conv_jax.jax_compat import Lowering, custom_partitioning, set_xla_metadata
 from grouped_conv_jax.partitioning.execution import execute
 from grouped_conv_jax.partitioning.explicit_mesh import axes_of_dimensions, has_explicit_axes
-from grouped_conv_jax.partitioning.plan import Dimensions, Plan
+from grouped_conv_jax.partitioning.plan import MeshAxes, Plan
 from grouped_conv_jax.partitioning.search import best_plan
 from grouped_conv_jax.partitioning.xla_partitioner import with_sharding
 from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec, Role
@@ -150,7 +150,7 @@ def _in_shard_map(
     note: Note,
 ) -> Computation:
     roles = (*OPERANDS[contraction], RESULT[contraction])
-    given: dict[Role, Dimensions] = {
+    given: dict[Role, MeshAxes] = {
         role: tuple(axes_of_dimensions(x.sharding, x.ndim))
         for role, x in zip(roles, types, strict=True)
     }
@@ -201,7 +201,7 @@ def _partitioned(
     names = (*OPERANDS[contraction], RESULT[contraction])
 
     def partition(_: Any, operands: Any, result: Any) -> Any:
-        given: dict[Role, Dimensions] = {
+        given: dict[Role, MeshAxes] = {
             role: _decode(x.sharding, len(x.shape), mesh)
             for role, x in zip(names, (*operands, result), strict=True)
         }
@@ -218,7 +218,7 @@ def _partitioned(
         return mesh, on_device, shardings[2], tuple(shardings[:2])
 
     def infer_result(_: Any, operands: Any, result: Any) -> NamedSharding:
-        given: dict[Role, Dimensions] = {
+        given: dict[Role, MeshAxes] = {
             role: _decode(x.sharding, len(x.shape), mesh)
             for role, x in zip(names[:2], operands, strict=True)
         }
@@ -321,7 +321,7 @@ def _prime_factors(n: int) -> list[int]:
     return factors
 
 
-def _decode(sharding: Sharding | None, rank: int, mesh: Mesh) -> Dimensions:
+def _decode(sharding: Sharding | None, rank: int, mesh: Mesh) -> MeshAxes:
     """The axes that shard each dimension of an array: where a step along an axis of the mesh leads
     to another part of it, and the farther the more major. None where GSPMD does not know yet.
     """

@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping
 
 from grouped_conv_jax.partitioning.halo import Halo
-from grouped_conv_jax.partitioning.resharding import Axes, Dimensions, Step, divides_evenly, steps
+from grouped_conv_jax.partitioning.resharding import Axes, MeshAxes, Step, divides_evenly, steps
 from grouped_conv_jax.spec import RESULT, Contraction, ConvSpec, MappedAxis, Part, Role
 
 
@@ -39,10 +39,10 @@ class Plan:
     sizes: Mapping[str, int]
     split: Mapping[Part, Axes]
     scattered: Mapping[int, Axes] = dataclasses.field(default_factory=dict)
-    given: Mapping[Role, Dimensions] = dataclasses.field(default_factory=dict)
+    given: Mapping[Role, MeshAxes] = dataclasses.field(default_factory=dict)
     xla_exchanges: bool = True
 
-    def sharded(self, role: Role) -> Dimensions:
+    def sharded(self, role: Role) -> MeshAxes:
         """The axes of each dimension of an array, as the contraction takes or gives it."""
         dimensions: list[Axes] = [()] * len(self.spec.shape(role))
         for part, axes in self.split.items():
@@ -55,7 +55,7 @@ class Plan:
                 dimensions[at] += axes
         return tuple(dimensions)
 
-    def boundary(self, role: Role) -> Dimensions:
+    def boundary(self, role: Role) -> MeshAxes:
         """The axes of each dimension of an array, as the partitioned program takes or gives it.
 
         The array crosses the boundary as it is `sharded`, and XLA moves it before or after, where

@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 
 Axes = tuple[str, ...]
-Dimensions = tuple[Axes, ...]
+MeshAxes = tuple[Axes, ...]
 """The mesh axes that shard each dimension of an array, the major one first."""
 
 
@@ -47,7 +47,7 @@ class Step:
     target: int = -1
     order: Axes = ()
 
-    def after(self, has: Dimensions) -> Dimensions:
+    def after(self, has: MeshAxes) -> MeshAxes:
         """Returns the sharding after this step, given the one before."""
         dimensions = list(has)
         if self.source >= 0:
@@ -88,7 +88,7 @@ class Step:
         return lax.ppermute(x, in_mesh, pairs)
 
 
-def steps(has: Dimensions, needs: Dimensions) -> list[Step]:
+def steps(has: MeshAxes, needs: MeshAxes) -> list[Step]:
     """Returns the steps from one sharding to another.
 
     Slices make the part of a device smaller and come first. Then axes go to the dimensions that
@@ -104,7 +104,7 @@ def steps(has: Dimensions, needs: Dimensions) -> list[Step]:
 
 
 def divides_evenly(
-    has: Dimensions, needs: Dimensions, shape: Sequence[int], sizes: Mapping[str, int]
+    has: MeshAxes, needs: MeshAxes, shape: Sequence[int], sizes: Mapping[str, int]
 ) -> bool:
     """Returns whether all devices have parts of the same size before and after every step."""
     for size, before, after in zip(shape, has, needs, strict=True):
@@ -113,7 +113,7 @@ def divides_evenly(
     return True
 
 
-def _slice(has: Dimensions, needs: Dimensions) -> Step | None:
+def _slice(has: MeshAxes, needs: MeshAxes) -> Step | None:
     """Returns a slice along axes over which all devices have the same."""
     used = set(itertools.chain(*has))
     for at, wanted in enumerate(needs):
@@ -122,7 +122,7 @@ def _slice(has: Dimensions, needs: Dimensions) -> Step | None:
     return None
 
 
-def _exchange(has: Dimensions, needs: Dimensions) -> Step | None:
+def _exchange(has: MeshAxes, needs: MeshAxes) -> Step | None:
     """Returns an all-to-all of the minor axes of a dimension that another dimension needs, or else
     what makes them minor.
     """
@@ -144,7 +144,7 @@ def _exchange(has: Dimensions, needs: Dimensions) -> Step | None:
     return permutes[0] if permutes else None
 
 
-def _permute(has: Dimensions, needs: Dimensions) -> Step | None:
+def _permute(has: MeshAxes, needs: MeshAxes) -> Step | None:
     """Returns a change of order within a dimension that has all the axes that it needs."""
     for at, (axes, wanted) in enumerate(zip(has, needs, strict=True)):
         if axes[: len(wanted)] != wanted:
@@ -152,7 +152,7 @@ def _permute(has: Dimensions, needs: Dimensions) -> Step | None:
     return None
 
 
-def _gather(has: Dimensions, needs: Dimensions) -> Step | None:
+def _gather(has: MeshAxes, needs: MeshAxes) -> Step | None:
     """Returns a gather of the axes that no dimension needs."""
     for at, (axes, wanted) in enumerate(zip(has, needs, strict=True)):
         if unused := axes[len(wanted) :]:

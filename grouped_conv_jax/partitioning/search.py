@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from grouped_conv_jax.partitioning.halo import Halo
 from grouped_conv_jax.partitioning.plan import Plan
-from grouped_conv_jax.partitioning.resharding import Axes, Dimensions
+from grouped_conv_jax.partitioning.resharding import Axes, MeshAxes
 from grouped_conv_jax.spec import OPERANDS, RESULT, Contraction, ConvSpec, MappedAxis, Part, Role
 
 MULTIPLY_ADDS_PER_BYTE = 200
@@ -20,7 +20,7 @@ This weighs work that several devices do alike against communication.
 def best_plan(
     contraction: Contraction,
     spec: ConvSpec,
-    given: Mapping[Role, Dimensions],
+    given: Mapping[Role, MeshAxes],
     sizes: Mapping[str, int],
     *,
     xla_exchanges: bool = True,
@@ -77,7 +77,7 @@ def _is_possible(plan: Plan, part: Part) -> bool:
     return groups == plan.parts("G") and size % plan.parts(part) == 0
 
 
-def _cost(plan: Plan, axis: str, given: Mapping[Role, Dimensions]) -> tuple[bool, float]:
+def _cost(plan: Plan, axis: str, given: Mapping[Role, MeshAxes]) -> tuple[bool, float]:
     """Returns the bytes that a device sends along an axis, as the second number.
 
     The first one says whether inputs or outputs are moved for a kernel's gradient. They grow with
@@ -122,7 +122,7 @@ def _nbytes(plan: Plan, role: Role) -> float:
     return size / parts
 
 
-def _with_scattered_sums(plan: Plan, wanted: Dimensions) -> Plan:
+def _with_scattered_sums(plan: Plan, wanted: MeshAxes) -> Plan:
     """Leaves a sum scattered over the axes by which the result is to be sharded anyway."""
     result = RESULT[plan.contraction]
     scattered: dict[int, Axes] = {}
@@ -142,7 +142,7 @@ def _with_scattered_sums(plan: Plan, wanted: Dimensions) -> Plan:
     return dataclasses.replace(plan, scattered=scattered)
 
 
-def _place(axis: str, dimensions: Dimensions) -> tuple[int, Axes] | None:
+def _place(axis: str, dimensions: MeshAxes) -> tuple[int, Axes] | None:
     """Returns which dimension an axis shards, and the axes that are outside it there."""
     for at, axes in enumerate(dimensions):
         if axis in axes:

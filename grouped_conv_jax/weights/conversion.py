@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grouped_conv_jax.operations import arguments
-from grouped_conv_jax.partitioning.explicit_mesh import untyped
+from grouped_conv_jax.partitioning.explicit_mesh import with_auto_axes
 from grouped_conv_jax.weights.layouts import KernelLayout, parsed_layout, spatial_letters
 
 
@@ -127,7 +127,7 @@ def regroup(
 
     if xp is jnp and "G" not in parsed.letters:
         # No axis becomes smaller, so that each is sharded as it was.
-        spread = untyped(spread, jax.typeof(kernel).sharding)
+        spread = with_auto_axes(spread, jax.typeof(kernel).sharding)
     return spread(kernel)
 
 

@@ -10,16 +10,16 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from meshes import listed, make_mesh, random_spec
 
-from grouped_conv_jax.partitioning.resharding import Dimensions, divides_evenly, steps
+from grouped_conv_jax.partitioning.resharding import MeshAxes, divides_evenly, steps
 
 SIZES = {"a": 2, "b": 2, "c": 2}
 
 
-def kinds(has: Dimensions, needs: Dimensions) -> list[str]:
+def kinds(has: MeshAxes, needs: MeshAxes) -> list[str]:
     return [step.kind for step in steps(has, needs)]
 
 
-def drawn(draw: np.random.Generator) -> tuple[Dimensions, Dimensions]:
+def drawn(draw: np.random.Generator) -> tuple[MeshAxes, MeshAxes]:
     mesh = make_mesh(**SIZES)
     has, needs = (tuple(map(listed, random_spec((8, 8, 8), mesh, draw))) for _ in range(2))
     return has, needs
