@@ -81,13 +81,13 @@ def test_what_is_chosen_stores_no_more_than_lax(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float8_e4m3fn", "complex64"])
 def test_everything_that_is_chosen_stores_no_more_than_lax(dtype, tmp_path):
     check(needs(tmp_path, [dtype], CALLS))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_without_native_kernels_too(dtype, tmp_path):
     check(needs(tmp_path, [dtype], CALLS, without_native=True))
 
