@@ -5,7 +5,7 @@ python examples/export_alexnet.py --weights FILE --net caffe --classes FILE.txt 
 python examples/predict.py IMAGE... --model DIR
 python examples/export_alexnet.py --help
 
-What is in DIR, and the lines that load it, are in alexnet/export.py.
+What is in DIR, and the lines that load it, are in alexnet/model_io/export.py.
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from alexnet import export, trained
 from alexnet.config import NetName
 from alexnet.errors import UsageError
+from alexnet.model_io import export, trained
 
 Platform = Literal["cpu", "cuda", "rocm", "tpu"]
 

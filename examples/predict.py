@@ -15,10 +15,10 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from alexnet import export, trained
+from alexnet.data.sources import DamagedImage, read_image
 from alexnet.errors import UsageError
-from alexnet.run import CONFIG
-from alexnet.sources import DamagedImage, read_image
+from alexnet.model_io import export, trained
+from alexnet.training.run import CONFIG
 
 BATCH = 32
 """Images that are answered together, at most."""

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import tyro
 from jax.sharding import SingleDeviceSharding
 
-from alexnet.topology import topology_devices
+from alexnet.training.topology import topology_devices
 from benchmarks.workloads import WORKLOADS, Workload
 from grouped_conv_jax import explain
 from grouped_conv_jax.algorithms import dense

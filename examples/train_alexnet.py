@@ -20,23 +20,32 @@ import jax
 import tyro
 from rich.console import Console
 
-from alexnet import distributed
-from alexnet.augmentation import Preprocessing
-from alexnet.brevity import be_brief
-from alexnet.checkpoints import CANNOT_WRITE
 from alexnet.config import TrainConfig
+from alexnet.data.augmentation import Preprocessing
 from alexnet.errors import RunError, UsageError
-from alexnet.input_profile import profile_input
-from alexnet.loop import Loop, evaluate
-from alexnet.picture import save_placement
+from alexnet.model_io.checkpoints import CANNOT_WRITE
 from alexnet.presets import PRESETS
-from alexnet.report import dump_programs, show_placement, training_report
-from alexnet.run import CONFIG, Run, load, new_trainer, newest_run, set_up, user_errors, warn
-from alexnet.speed import counting_compilations
-from alexnet.state import Evaluation
-from alexnet.stopping import Stop, on_sigterm
-from alexnet.topology import topology_devices
-from alexnet.training import Trainer
+from alexnet.reports.brevity import be_brief
+from alexnet.reports.picture import save_placement
+from alexnet.reports.report import dump_programs, show_placement, training_report
+from alexnet.training import distributed
+from alexnet.training.input_profile import profile_input
+from alexnet.training.loop import Loop, evaluate
+from alexnet.training.run import (
+    CONFIG,
+    Run,
+    load,
+    new_trainer,
+    newest_run,
+    set_up,
+    user_errors,
+    warn,
+)
+from alexnet.training.speed import counting_compilations
+from alexnet.training.state import Evaluation
+from alexnet.training.stopping import Stop, on_sigterm
+from alexnet.training.topology import topology_devices
+from alexnet.training.trainer import Trainer
 from grouped_conv_jax.towers import make_mesh
 
 INTERRUPTED = 130

@@ -350,7 +350,7 @@ class TrainConfig:
     def check_same_as(self, saved: "TrainConfig") -> None:
         """Raises UsageError where a resumed run would train otherwise than it began.
 
-        The length of the run may change (`alexnet.extension`).
+        The length of the run may change (`alexnet.training.extension`).
         """
         if self.steps is not None and self.epochs != saved.epochs:
             raise UsageError(

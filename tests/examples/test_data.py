@@ -10,9 +10,9 @@ import pytest
 from image_folders import damage, images, labels, names, save_classes
 from PIL import Image
 
-from alexnet import packaged
+from alexnet.data import packaged
+from alexnet.data.sources import DamagedImage, Source, load, read_image
 from alexnet.errors import UsageError
-from alexnet.sources import DamagedImage, Source, load, read_image
 
 
 def rows(source: Source) -> set[bytes]:

@@ -19,10 +19,10 @@ from rich.console import Console
 from settings import config_of
 
 from alexnet.config import TrainConfig
-from alexnet.loop import Loop
-from alexnet.metrics import read_metrics
-from alexnet.run import CONFIG, set_up
-from alexnet.stopping import Stop
+from alexnet.reports.metrics import read_metrics
+from alexnet.training.loop import Loop
+from alexnet.training.run import CONFIG, set_up
+from alexnet.training.stopping import Stop
 
 pytestmark = pytest.mark.training
 
@@ -217,7 +217,7 @@ def program(code: str) -> subprocess.CompletedProcess:
 
 def test_an_end_by_the_runtime_is_explained():
     result = program(
-        "import os; from alexnet.distributed import Process; process = Process('');"
+        "import os; from alexnet.training.distributed import Process; process = Process('');"
         "process.joined(); process.way_back = '--resume'; os.abort()"
     )
     assert result.returncode == -signal.SIGABRT
@@ -387,7 +387,7 @@ def test_a_port_that_is_taken_is_said():
         taken.listen()
         port = taken.getsockname()[1]
         result = program(
-            "from alexnet import config, distributed\n"
+            "from alexnet import config\nfrom alexnet.training import distributed\n"
             f"one = dict(coordinator='127.0.0.1:{port}', num_processes=2, process_id=0)\n"
             "with distributed.joined(config.TrainConfig(devices=config.Devices(**one))): pass"
         )

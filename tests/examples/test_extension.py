@@ -13,11 +13,11 @@ from train_alexnet import parse
 
 from alexnet.config import TrainConfig
 from alexnet.errors import UsageError
-from alexnet.extension import extension
-from alexnet.loop import Loop
-from alexnet.metrics import read_metrics
-from alexnet.run import CONFIG, Run, set_up
-from alexnet.stopping import Stop
+from alexnet.reports.metrics import read_metrics
+from alexnet.training.extension import extension
+from alexnet.training.loop import Loop
+from alexnet.training.run import CONFIG, Run, set_up
+from alexnet.training.stopping import Stop
 
 PER_EPOCH = 8
 """Steps: 64 training images in batches of 8."""

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
-from alexnet.curves import GREY, TEST, TRAIN, draw_curves, running_mean, save_curves
 from alexnet.errors import UsageError
-from alexnet.metrics import MetricsLog, read_metrics
+from alexnet.reports.curves import GREY, TEST, TRAIN, draw_curves, running_mean, save_curves
+from alexnet.reports.metrics import MetricsLog, read_metrics
 
 
 def log(folder: Path, resumed_at: int | None = None, *, tensorboard: bool = False) -> MetricsLog:

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from image_folders import damage, save_classes
 
-from alexnet import pipeline
+from alexnet.data import pipeline
+from alexnet.data.pipeline import Batch, Damage, evaluation_batches, training_batches
+from alexnet.data.sources import ArraySource, Dataset, Source, load
 from alexnet.errors import UsageError
-from alexnet.pipeline import Batch, Damage, evaluation_batches, training_batches
-from alexnet.sources import ArraySource, Dataset, Source, load
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -258,7 +258,8 @@ SCRIPT = """
     sys.path.insert(0, {examples!r})
 
     import jax
-    from alexnet import pipeline, sources
+    from alexnet.data import pipeline
+    from alexnet.data import sources
 
     class Spy(sources.ArraySource):
         in_memory = False

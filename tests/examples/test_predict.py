@@ -21,13 +21,13 @@ import pytest
 from PIL import Image
 from torch_alexnets import torch_alexnet
 
-from alexnet import export, trained
 from alexnet.config import Devices, Recipe, TrainConfig, Work
+from alexnet.data.sources import read_image
 from alexnet.errors import UsageError
-from alexnet.metrics import MetricsLog
-from alexnet.run import Run, set_up
-from alexnet.sources import read_image
-from alexnet.weights import TORCHVISION, write_weights
+from alexnet.model_io import export, trained
+from alexnet.model_io.weights import TORCHVISION, write_weights
+from alexnet.reports.metrics import MetricsLog
+from alexnet.training.run import Run, set_up
 from grouped_conv_jax.models import ALEXNETS
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

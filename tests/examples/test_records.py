@@ -13,9 +13,9 @@ from image_folders import damage, images, labels, names, save_classes
 from PIL import Image
 from rich.console import Console
 
+from alexnet.data.records import Record
+from alexnet.data.sources import DamagedImage, load
 from alexnet.errors import UsageError
-from alexnet.records import Record
-from alexnet.sources import DamagedImage, load
 
 
 def pack(folder: Path, output: Path, **options) -> str:

@@ -19,7 +19,7 @@ from image_folders import save_classes
 from settings import config_of
 
 from alexnet.errors import UsageError
-from alexnet.run import set_up
+from alexnet.training.run import set_up
 
 pytestmark = [pytest.mark.slow, pytest.mark.training]
 

@@ -16,8 +16,13 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from alexnet import speed
-from alexnet.speed import Throughput, counting_compilations, peak_flops, training_multiply_adds
+from alexnet.training import speed
+from alexnet.training.speed import (
+    Throughput,
+    counting_compilations,
+    peak_flops,
+    training_multiply_adds,
+)
 from grouped_conv_jax.models import AlexNetConfig
 
 # Multiply-adds of each layer for one image, forward, by hand.
@@ -170,7 +175,7 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from alexnet import speed
+from alexnet.training import speed
 speed.CPU_SIZE = 128
 print("peak", len(jax.devices()), speed.peak_flops(jax.devices(), "float32"))
 """

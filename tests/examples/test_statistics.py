@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from image_folders import damage, save_classes
 
+from alexnet.data.sources import ArraySource, Dataset, load
+from alexnet.data.statistics import Statistics, statistics
 from alexnet.errors import UsageError
-from alexnet.sources import ArraySource, Dataset, load
-from alexnet.statistics import Statistics, statistics
 
 
 def as_dataset(images: np.ndarray, fingerprint: str = "0123") -> Dataset:

@@ -20,8 +20,8 @@ from settings import PARTS, config_of
 
 from alexnet.config import TrainConfig
 from alexnet.errors import UsageError
-from alexnet.run import CONFIG, newest_run, set_up
-from alexnet.weights import write_weights
+from alexnet.model_io.weights import write_weights
+from alexnet.training.run import CONFIG, newest_run, set_up
 from grouped_conv_jax.models import AlexNet
 
 pytestmark = pytest.mark.training

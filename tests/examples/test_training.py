@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 from small_alexnet import TINY
 
-from alexnet.augmentation import Preprocessing
-from alexnet.checkpoints import Checkpoints
 from alexnet.config import Recipe
-from alexnet.packaged import digits
-from alexnet.pipeline import Batch, evaluation_batches, training_batches
-from alexnet.sources import ArraySource
-from alexnet.state import TrainState
-from alexnet.training import Trainer, tower_net
+from alexnet.data.augmentation import Preprocessing
+from alexnet.data.packaged import digits
+from alexnet.data.pipeline import Batch, evaluation_batches, training_batches
+from alexnet.data.sources import ArraySource
+from alexnet.model_io.checkpoints import Checkpoints
+from alexnet.training.state import TrainState
+from alexnet.training.trainer import Trainer, tower_net
 from grouped_conv_jax.towers import PLACEMENTS, Placement, make_mesh
 
 BATCH, STEPS = 16, 8

@@ -16,7 +16,7 @@ from small_alexnet import narrow, random_params, with_params
 from torch_alexnets import torch_alexnet
 
 from alexnet.errors import UsageError
-from alexnet.weights import CAFFE, TORCHVISION, read_weights, write_weights
+from alexnet.model_io.weights import CAFFE, TORCHVISION, read_weights, write_weights
 from grouped_conv_jax.models import AlexNetConfig
 
 

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from placement_at_scale import Options, Step
 
-from alexnet.topology import topology_devices
+from alexnet.training.topology import topology_devices
 
 ROWS = json.loads(Options().results.read_text())
 SEVERAL = [row for row in ROWS if row["devices"] > 1]

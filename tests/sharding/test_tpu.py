@@ -18,7 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import CONTRACTIONS, contraction_by, contraction_of, on_dimensions
 
-from alexnet.topology import topology_devices
+from alexnet.training.topology import topology_devices
 from grouped_conv_jax import explain, grouped_conv, towers, tune
 from grouped_conv_jax.collectives import collectives
 from grouped_conv_jax.placement import placement_report

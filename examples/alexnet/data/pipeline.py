@@ -22,8 +22,8 @@ import grain
 import numpy as np
 from absl import flags
 
+from alexnet.data.sources import DamagedImage, Source
 from alexnet.errors import RunError, UsageError
-from alexnet.sources import DamagedImage, Source
 
 TRIES = 10
 """Images that are tried for a row of a training batch, one after the other."""

@@ -13,17 +13,18 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from alexnet import distributed, sources
-from alexnet.augmentation import Preprocessing
-from alexnet.checkpoints import Checkpoints
 from alexnet.config import TrainConfig
+from alexnet.data import sources
+from alexnet.data.augmentation import Preprocessing
+from alexnet.data.pipeline import Damage
+from alexnet.data.statistics import statistics
 from alexnet.errors import UsageError
-from alexnet.extension import extension
-from alexnet.pipeline import Damage
-from alexnet.state import TrainState
-from alexnet.statistics import statistics
-from alexnet.training import Trainer, tower_net
-from alexnet.weights import Weights, read_weights
+from alexnet.model_io.checkpoints import Checkpoints
+from alexnet.model_io.weights import Weights, read_weights
+from alexnet.training import distributed
+from alexnet.training.extension import extension
+from alexnet.training.state import TrainState
+from alexnet.training.trainer import Trainer, tower_net
 from grouped_conv_jax.algorithms import table
 from grouped_conv_jax.models import AlexNetConfig
 from grouped_conv_jax.towers import DATA, GROUP, make_mesh

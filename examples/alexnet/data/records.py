@@ -19,8 +19,8 @@ import grain
 import msgpack
 import numpy as np
 
+from alexnet.data.sources import DamagedImage, Dataset, fingerprint, read_image
 from alexnet.errors import UsageError
-from alexnet.sources import DamagedImage, Dataset, fingerprint, read_image
 
 FORMAT = 1
 INDEX = "classes.json"

@@ -16,13 +16,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from alexnet.augmentation import Preprocessing
 from alexnet.config import Recipe, TrainConfig
+from alexnet.data.augmentation import Preprocessing
 from alexnet.errors import UsageError
-from alexnet.metrics import read_metrics
-from alexnet.run import CHECKPOINTS, CONFIG, PREPROCESSING, user_errors
-from alexnet.training import Trainer, tower_net
-from alexnet.weights import Weights, by_name, read_weights
+from alexnet.model_io.weights import Weights, by_name, read_weights
+from alexnet.reports.metrics import read_metrics
+from alexnet.training.run import CHECKPOINTS, CONFIG, PREPROCESSING, user_errors
+from alexnet.training.trainer import Trainer, tower_net
 from grouped_conv_jax.models import ALEXNETS, AlexNet, AlexNetConfig
 from grouped_conv_jax.towers import make_mesh
 

@@ -31,8 +31,8 @@ from safetensors.numpy import load_file
 
 import grouped_conv_jax
 from alexnet.errors import UsageError
-from alexnet.trained import Trained
-from alexnet.weights import write_weights
+from alexnet.model_io.trained import Trained
+from alexnet.model_io.weights import write_weights
 
 PROGRAM, WEIGHTS, FACTS = "model.stablehlo", "weights.safetensors", "model.json"
 """What the folder has."""

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from alexnet.data.pipeline import evaluation_batches
+from alexnet.data.sources import Dataset, Source, Subset
 from alexnet.errors import UsageError
-from alexnet.pipeline import evaluation_batches
-from alexnet.sources import Dataset, Source, Subset
 
 IMAGES = 10_000
 BATCH = 32

@@ -138,23 +138,23 @@ def load(name: str, size: int, seed: int) -> Dataset:
     """
     kind, _, rest = name.partition(":")
     if name in ("digits", "photos"):
-        from alexnet import packaged
+        from alexnet.data import packaged
 
         return packaged.digits(size, seed) if name == "digits" else packaged.photos(size, seed)
     if kind == "synthetic":
-        from alexnet import synthetic
+        from alexnet.data import synthetic
 
         return synthetic.parse(rest, size, seed)
     if kind == "folder" and rest:
-        from alexnet import folder
+        from alexnet.data import folder
 
         return folder.load(Path(rest), size, seed)
     if kind == "records" and rest:
-        from alexnet import records
+        from alexnet.data import records
 
         return records.load(Path(rest), size)
     if kind == "tfds" and rest:
-        from alexnet import tensorflow_records
+        from alexnet.data import tensorflow_records
 
         return tensorflow_records.load(rest, size)
     raise UsageError(f'--data must be {KNOWN}, got "{name}"')

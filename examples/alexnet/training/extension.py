@@ -4,9 +4,9 @@ import math
 
 import jax.numpy as jnp
 
-from alexnet import optimizer
 from alexnet.config import TrainConfig
 from alexnet.errors import UsageError
+from alexnet.training import optimizer
 
 
 def extension(

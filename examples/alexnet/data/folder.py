@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from alexnet.data.sources import Dataset, Source, fingerprint, held_out, read_image
 from alexnet.errors import UsageError
-from alexnet.sources import Dataset, Source, fingerprint, held_out, read_image
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 

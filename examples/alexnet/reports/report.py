@@ -10,8 +10,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from alexnet.state import TrainState
-from alexnet.training import Trainer
+from alexnet.training.state import TrainState
+from alexnet.training.trainer import Trainer
 from grouped_conv_jax.models import AlexNetConfig, alexnet_exchanges
 from grouped_conv_jax.placement import Exchange, PlacementReport, placement_report
 from grouped_conv_jax.towers import DATA, GROUP

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from alexnet.data.sources import DamagedImage, Dataset, fingerprint, read_image
 from alexnet.errors import UsageError
-from alexnet.sources import DamagedImage, Dataset, fingerprint, read_image
 
 TEST_SPLITS = ("validation", "test")
 

@@ -10,7 +10,7 @@ import skimage.data
 import sklearn.datasets
 from PIL import Image
 
-from alexnet.sources import ArraySource, Dataset, fingerprint, held_out
+from alexnet.data.sources import ArraySource, Dataset, fingerprint, held_out
 
 PHOTOGRAPHS: dict[str, Callable[[], np.ndarray]] = {
     "china": lambda: sklearn.datasets.load_sample_image("china.jpg"),

@@ -15,9 +15,9 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from alexnet import distributed
 from alexnet.errors import RunError, UsageError
-from alexnet.state import TrainState
+from alexnet.training import distributed
+from alexnet.training.state import TrainState
 
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 """What systems say of a disk that takes no more."""

@@ -5,8 +5,8 @@ Every class is a pattern of smooth waves, which a net can learn; noise lies over
 
 import numpy as np
 
+from alexnet.data.sources import Dataset, fingerprint
 from alexnet.errors import UsageError
-from alexnet.sources import Dataset, fingerprint
 
 IMAGES, CLASSES = 12_800, 1000
 TEST_PART = 5

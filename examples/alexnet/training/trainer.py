@@ -12,12 +12,12 @@ from flax.training.dynamic_scale import DynamicScale
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from alexnet import optimizer
-from alexnet.augmentation import Preprocessing
 from alexnet.config import Recipe
+from alexnet.data.augmentation import Preprocessing
+from alexnet.data.pipeline import Batch
 from alexnet.errors import UsageError
-from alexnet.pipeline import Batch
-from alexnet.state import Evaluation, Metrics, TrainState
+from alexnet.training import optimizer
+from alexnet.training.state import Evaluation, Metrics, TrainState
 from grouped_conv_jax.models import AlexNet, AlexNetConfig
 from grouped_conv_jax.parallel.pmap import Pmap
 from grouped_conv_jax.towers import DATA, Placement, TowerNet

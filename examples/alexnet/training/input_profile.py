@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import jax
 
-from alexnet import distributed
-from alexnet.loop import on_devices
-from alexnet.pipeline import AHEAD, THREADS, training_batches
-from alexnet.run import Run
+from alexnet.data.pipeline import AHEAD, THREADS, training_batches
+from alexnet.training import distributed
+from alexnet.training.loop import on_devices
+from alexnet.training.run import Run
 
 SECONDS = 10.0
 """How long each of the three is measured, about."""

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from alexnet.data.statistics import Statistics
 from alexnet.errors import UsageError
-from alexnet.statistics import Statistics
 
 
 class Preprocessing(NamedTuple):

@@ -92,7 +92,7 @@ def read_weights(path: Path, config: AlexNetConfig) -> Weights:
     shapes = {name: leaf.shape for name, leaf in by_name(expected).items()}
     if suffix == ".onnx":
         # Imports onnx, which few have and which takes its time.
-        from alexnet.weights_onnx import read_onnx
+        from alexnet.model_io.weights_onnx import read_onnx
 
         layers = read_onnx(path, config)
         arrays = _from_channels_first(path, config, shapes, layers)

@@ -5,7 +5,7 @@ import sys
 import threading
 from typing import Any
 
-from alexnet.checkpoints import CANNOT_WRITE
+from alexnet.model_io.checkpoints import CANNOT_WRITE
 
 
 def be_brief() -> None:

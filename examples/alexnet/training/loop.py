@@ -10,17 +10,17 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from alexnet import distributed
-from alexnet.curves import save_curves
+from alexnet.data.pipeline import Batches, evaluation_batches, training_batches
+from alexnet.data.sources import Source
 from alexnet.errors import RunError
-from alexnet.filters import colour_saturation, save_filters
-from alexnet.metrics import MetricsLog, read_metrics
-from alexnet.pipeline import Batches, evaluation_batches, training_batches
-from alexnet.run import Run
-from alexnet.sources import Source
-from alexnet.speed import Throughput, peak_flops, training_multiply_adds
-from alexnet.state import Evaluation, Metrics
-from alexnet.stopping import Stop
+from alexnet.reports.curves import save_curves
+from alexnet.reports.filters import colour_saturation, save_filters
+from alexnet.reports.metrics import MetricsLog, read_metrics
+from alexnet.training import distributed
+from alexnet.training.run import Run
+from alexnet.training.speed import Throughput, peak_flops, training_multiply_adds
+from alexnet.training.state import Evaluation, Metrics
+from alexnet.training.stopping import Stop
 
 
 class Loop:

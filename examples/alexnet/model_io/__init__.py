@@ -1,0 +1,1 @@
+"""Parameters in files: checkpoints, weights of other libraries, exported programs."""

@@ -1,0 +1,1 @@
+"""What a run shows and writes down: progress, metrics, pictures."""
