@@ -254,7 +254,7 @@ def test_all_go_on_from_a_checkpoint_that_each_can_read(folder):
 def test_processes_that_do_not_meet_say_so():
     port = free_port()
     result = program(
-        "from alexnet import config, distributed; distributed.TOGETHER = 3\n"
+        "from alexnet import config; from alexnet.training import distributed; distributed.TOGETHER = 3\n"
         f"one = dict(coordinator='127.0.0.1:{port}', num_processes=2, process_id=1)\n"
         "with distributed.joined(config.TrainConfig(devices=config.Devices(**one))): pass"
     )
@@ -370,7 +370,7 @@ def test_an_error_of_all_processes_is_told_by_each(folder):
 def test_a_process_may_be_much_slower_to_load():
     port = free_port()
     code = (
-        "import sys, time; from alexnet import config, distributed\n"
+        "import sys, time; from alexnet import config; from alexnet.training import distributed\n"
         f"one = dict(coordinator='127.0.0.1:{port}', num_processes=2, process_id=NUMBER)\n"
         "with distributed.joined(config.TrainConfig(devices=config.Devices(**one))):\n"
         # Longer than the runtime lets a collective wait.
