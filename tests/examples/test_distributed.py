@@ -254,7 +254,8 @@ def test_all_go_on_from_a_checkpoint_that_each_can_read(folder):
 def test_processes_that_do_not_meet_say_so():
     port = free_port()
     result = program(
-        "from alexnet import config; from alexnet.training import distributed; distributed.TOGETHER = 3\n"
+        "from alexnet import config; from alexnet.training import distributed\n"
+        "distributed.TOGETHER = 3\n"
         f"one = dict(coordinator='127.0.0.1:{port}', num_processes=2, process_id=1)\n"
         "with distributed.joined(config.TrainConfig(devices=config.Devices(**one))): pass"
     )
