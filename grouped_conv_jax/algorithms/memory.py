@@ -74,7 +74,7 @@ def padded_bytes(contraction: Contraction, spec: ConvSpec) -> int:
     return size
 
 
-def allowance(contraction: Contraction, spec: ConvSpec) -> int:
+def allowance(spec: ConvSpec) -> int:
     """Returns the bytes that a contraction may store even where lax stores none: two copies of the
     kernel, and a quarter of the arrays, in the dtype of sums.
 
@@ -119,12 +119,12 @@ def lax_bytes(contraction: Contraction, spec: ConvSpec) -> int:
 def most_bytes(contraction: Contraction, spec: ConvSpec) -> int:
     """Returns three times the bytes of the arrays, or the allowance."""
     most = MOST_ARRAYS * costs.all_bytes(contraction, spec)
-    return max(allowance(contraction, spec), most)
+    return max(allowance(spec), most)
 
 
 def limit(contraction: Contraction, spec: ConvSpec) -> int:
     """Returns the bytes that a contraction should store at most: see the module's docstring."""
-    allowed = max(allowance(contraction, spec), lax_bytes(contraction, spec))
+    allowed = max(allowance(spec), lax_bytes(contraction, spec))
     return min(allowed, most_bytes(contraction, spec))
 
 

@@ -67,7 +67,7 @@ def check(found: list[Need]) -> None:
         preferred = DTYPES[n.dtype]
         with jax.enable_x64(True):
             spec = spec_of(CALLS[n.call], n.dtype, preferred_element_type=preferred)
-        allowed = memory.allowance(n.contraction, spec)
+        allowed = memory.allowance(spec)
         assert n.ours <= max(n.lax + memory.ALWAYS_ALLOWED, allowed), n
         # lax itself needs four times 8-bit arrays; where all need more than three, none needs more.
         assert n.ours <= max(3 * n.arrays, allowed) or n.ours <= n.lax, n
