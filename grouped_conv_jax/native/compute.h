@@ -54,8 +54,9 @@ inline const Engine* BestEngine(const Request& r, Type type) {
     // Pairs of features must be whole; with one input, there is one product for each output.
     // Pairs of pixels must be, too: what stood in for the other one might be infinite.
     const Dimension& columns = r.dimensions[1];
-    bool has_pairs = is_sum ? r.inputs * r.outputs > 1 && columns.gaps == 1 && columns.results % 2 == 0
-                            : r.inputs % 2 == 0;
+    bool has_pairs = is_sum
+                         ? r.inputs * r.outputs > 1 && columns.gaps == 1 && columns.results % 2 == 0
+                         : r.inputs % 2 == 0;
     if (const Engine* pairs = EngineFor(Type::kBfloat16Pair); pairs && has_pairs) return pairs;
   }
   return EngineFor(type);

@@ -16,16 +16,15 @@ using RowKernel = void (*)(const Row<Policy>&);
 template <class Policy, bool is_scalar, int results, int vectors, int... pixels>
 RowKernel<Policy> PickRuns(int64_t count, std::integer_sequence<int, pixels...>) {
   RowKernel<Policy> kernel = nullptr;
-  ((kernel = count == pixels + 1 ? RowOfRuns<Policy, is_scalar, results, pixels + 1, vectors>
-                                 : kernel),
+  ((kernel =
+        count == pixels + 1 ? RowOfRuns<Policy, is_scalar, results, pixels + 1, vectors> : kernel),
    ...);
   return kernel;
 }
 template <class Policy, int width, int taps, int... pixels>
 RowKernel<Policy> PickRotations(int64_t count, std::integer_sequence<int, pixels...>) {
   RowKernel<Policy> kernel = nullptr;
-  ((kernel = count == pixels + 1 ? RowOfRotations<Policy, width, taps, pixels + 1> : kernel),
-   ...);
+  ((kernel = count == pixels + 1 ? RowOfRotations<Policy, width, taps, pixels + 1> : kernel), ...);
   return kernel;
 }
 template <class Policy, int width>
@@ -62,10 +61,14 @@ RowKernel<Policy> PickRow(const Job& job, int64_t results, int64_t vectors, int6
     }
   }
   switch (job.outputs) {
-    case 1: return PickRotation<Policy, 1>(slide, count);
-    case 2: return PickRotation<Policy, 2>(slide, count);
-    case 4: return PickRotation<Policy, 4>(slide, count);
-    default: return PickRotation<Policy, 8>(slide, count);
+    case 1:
+      return PickRotation<Policy, 1>(slide, count);
+    case 2:
+      return PickRotation<Policy, 2>(slide, count);
+    case 4:
+      return PickRotation<Policy, 4>(slide, count);
+    default:
+      return PickRotation<Policy, 8>(slide, count);
   }
 }
 
@@ -138,8 +141,8 @@ void Correlate(const Job& job, int64_t number, void* scratch) {
       row.weights = weights + v * job.vector_size() + offset + taps.begin * row.weights_row;
       row.lanes = static_cast<int32_t>(job.valid_lanes(v + together - 1));
       row.operand = window.of(v) + q.first * window.pixel() + c * row.step;
-      row.result = line + (q.residue + (columns.begin + c) * q.period) * all_outputs +
-                   job.first_output(v);
+      row.result =
+          line + (q.residue + (columns.begin + c) * q.period) * all_outputs + job.first_output(v);
     };
     if constexpr (Policy::is_tiled) {
       if (results == 1) row.next_line = 0;

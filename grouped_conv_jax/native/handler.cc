@@ -30,16 +30,23 @@ bool ShapeOf(const ffi::AnyBuffer& buffer, Shape* shape) {
 }
 
 // `numbers` are the two `Dimension`s one after the other.
-ffi::Error CheckAndCompute(Contraction contraction, ffi::ThreadPool pool, ffi::AnyBuffer first, ffi::AnyBuffer second,
-                   ffi::Result<ffi::AnyBuffer> result, int64_t groups,
-                   ffi::Span<const int64_t> numbers) {
+ffi::Error CheckAndCompute(Contraction contraction, ffi::ThreadPool pool, ffi::AnyBuffer first,
+                           ffi::AnyBuffer second, ffi::Result<ffi::AnyBuffer> result,
+                           int64_t groups, ffi::Span<const int64_t> numbers) {
   if (numbers.size() != 14) return Invalid("expected 14 numbers");
   Type type;
   switch (first.element_type()) {
-    case ffi::DataType::F32: type = Type::kFloat32; break;
-    case ffi::DataType::F64: type = Type::kFloat64; break;
-    case ffi::DataType::BF16: type = Type::kBfloat16; break;
-    default: return Invalid("unsupported type of elements");
+    case ffi::DataType::F32:
+      type = Type::kFloat32;
+      break;
+    case ffi::DataType::F64:
+      type = Type::kFloat64;
+      break;
+    case ffi::DataType::BF16:
+      type = Type::kBfloat16;
+      break;
+    default:
+      return Invalid("unsupported type of elements");
   }
   if (second.element_type() != first.element_type() ||
       result->element_type() != first.element_type()) {
@@ -80,7 +87,8 @@ ffi::Error CheckAndCompute(Contraction contraction, ffi::ThreadPool pool, ffi::A
 }
 
 template <Contraction contraction>
-ffi::Error Call(ffi::ThreadPool pool, ffi::AnyBuffer first, ffi::AnyBuffer second, ffi::Result<ffi::AnyBuffer> result, int64_t groups,
+ffi::Error Call(ffi::ThreadPool pool, ffi::AnyBuffer first, ffi::AnyBuffer second,
+                ffi::Result<ffi::AnyBuffer> result, int64_t groups,
                 ffi::Span<const int64_t> numbers) {
   try {
     return CheckAndCompute(contraction, pool, first, second, result, groups, numbers);
@@ -92,13 +100,13 @@ ffi::Error Call(ffi::ThreadPool pool, ffi::AnyBuffer first, ffi::AnyBuffer secon
   }
 }
 
-#define BINDING                       \
-  ffi::Ffi::Bind()                    \
-      .Ctx<ffi::ThreadPool>()         \
-      .Arg<ffi::AnyBuffer>()          \
-      .Arg<ffi::AnyBuffer>()          \
-      .Ret<ffi::AnyBuffer>()          \
-      .Attr<int64_t>("groups")        \
+#define BINDING                \
+  ffi::Ffi::Bind()             \
+      .Ctx<ffi::ThreadPool>()  \
+      .Arg<ffi::AnyBuffer>()   \
+      .Arg<ffi::AnyBuffer>()   \
+      .Ret<ffi::AnyBuffer>()   \
+      .Attr<int64_t>("groups") \
       .Attr<ffi::Span<const int64_t>>("dimensions")
 
 }  // namespace

@@ -65,15 +65,15 @@ struct Job {
 
   // Blocks.
   Mode mode;
-  int64_t lanes;            // Sums in a vector.
-  int64_t vectors;          // Of outputs, in all.
-  int64_t groups_in_vector; // kRotate, kSpread; 1 otherwise.
-  int64_t vectors_in_group; // kBroadcast; 1 otherwise.
-  int64_t terms;            // Vectors of weights for a tap: the inputs, or pairs of them.
-  int64_t unit;             // Packed elements of a pixel, for a source (see `sources`).
-  int64_t taps;             // That any phase sees.
-  int64_t chunk, chunks;    // Vectors that are computed together, and how many times that is.
-  bool chunks_first;        // Chunks in the outermost loop, since the weights of all are large.
+  int64_t lanes;             // Sums in a vector.
+  int64_t vectors;           // Of outputs, in all.
+  int64_t groups_in_vector;  // kRotate, kSpread; 1 otherwise.
+  int64_t vectors_in_group;  // kBroadcast; 1 otherwise.
+  int64_t terms;             // Vectors of weights for a tap: the inputs, or pairs of them.
+  int64_t unit;              // Packed elements of a pixel, for a source (see `sources`).
+  int64_t taps;              // That any phase sees.
+  int64_t chunk, chunks;     // Vectors that are computed together, and how many times that is.
+  bool chunks_first;         // Chunks in the outermost loop, since the weights of all are large.
 
   // Rows of results that are computed together from a window of rows of the operand, packed, which
   // then moves on: a row is packed once for all that reads it.
@@ -82,11 +82,11 @@ struct Job {
   // Kernel's gradient only: independent sums of parts of the batch.
   int64_t slices;
 
-  const void* operand;   // What is read at shifted positions.
-  const void* other;     // The kernel, or the gradient of the output.
+  const void* operand;  // What is read at shifted positions.
+  const void* other;    // The kernel, or the gradient of the output.
   void* result;
-  void* packed;          // [vectors, taps, terms, lanes] weights; of sums one for each slice.
-  int64_t scratch_bytes; // For one worker.
+  void* packed;           // [vectors, taps, terms, lanes] weights; of sums one for each slice.
+  int64_t scratch_bytes;  // For one worker.
 
   ALWAYS_INLINE int64_t window_rows() const { return axes[0].positions(rows_at_once); }
 

@@ -23,16 +23,16 @@ namespace INSTRUCTION_SET {
 template <class Policy>
 struct Row {
   const typename Policy::Element *operand, *weights;
-  const int64_t* lines;    // Of the operand, where each of its rows is, for the rows of taps.
-  int64_t line_gap;        // From one row of taps to the next.
-  int64_t rows, columns;   // Taps.
-  int64_t run;             // Inputs, one after the other in a pixel, that are multiplied.
+  const int64_t* lines;      // Of the operand, where each of its rows is, for the rows of taps.
+  int64_t line_gap;          // From one row of taps to the next.
+  int64_t rows, columns;     // Taps.
+  int64_t run;               // Inputs, one after the other in a pixel, that are multiplied.
   int64_t column_gap, step;  // In elements of the operand; step from result to result.
   int64_t weights_row, weights_column, weights_vector;  // In elements.
   typename Policy::Stored* result;
   int64_t result_step;
   int64_t next_line, next_result;  // From a row of results to the next one, if there are two.
-  int32_t lanes;  // Of the last vector.
+  int32_t lanes;                   // Of the last vector.
 };
 
 // Some of the sums, as the pixels of a row.
@@ -190,12 +190,12 @@ void RowOfRotations(const Row<Policy>& row) {
 template <class Policy>
 struct Products {
   const typename Policy::Element *operand, *other;
-  int64_t rows, columns;              // Pixels of `other`.
-  const int64_t* lines;               // Of the operand, where each of its rows is.
-  int64_t line_step, line_gap;        // From row to row of `other`, and from tap to tap.
-  int64_t column_step, column_gap;    // The same of columns, in elements of the operand.
-  int64_t input_step;                 // From input to input of a run; 1 for scalars.
-  int64_t other_row, other_column;    // In elements; neighbouring vectors follow each other.
+  int64_t rows, columns;            // Pixels of `other`.
+  const int64_t* lines;             // Of the operand, where each of its rows is.
+  int64_t line_step, line_gap;      // From row to row of `other`, and from tap to tap.
+  int64_t column_step, column_gap;  // The same of columns, in elements of the operand.
+  int64_t input_step;               // From input to input of a run; 1 for scalars.
+  int64_t other_row, other_column;  // In elements; neighbouring vectors follow each other.
   std::remove_reference_t<decltype(typename Policy::Sum{}[0])>* sums;
   int64_t sums_row, sums_column, sums_vector;
 };

@@ -172,12 +172,12 @@ INLINE void CopyElements(typename Policy::Element* to, const typename Policy::St
 }
 
 // Packs one row of an image, null if there is none, as [columns, sources, unit], with `pixel`
-// elements from column to column. `pair_step` is how far the other pixel of a pair is, in positions; 0 for pairs
-// of features, or none.
+// elements from column to column. `pair_step` is how far the other pixel of a pair is, in
+// positions; 0 for pairs of features, or none.
 template <class Policy, class Pack>
-void PackRow(const typename Policy::Stored* line, const Positions& columns,
-             const Sources& sources, int64_t pair_step, typename Policy::Element* to, int64_t unit,
-             int64_t pixel, const Pack& pack) {
+void PackRow(const typename Policy::Stored* line, const Positions& columns, const Sources& sources,
+             int64_t pair_step, typename Policy::Element* to, int64_t unit, int64_t pixel,
+             const Pack& pack) {
   using Element = typename Policy::Element;
   auto zero = [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; c++) {
@@ -194,8 +194,7 @@ void PackRow(const typename Policy::Stored* line, const Positions& columns,
       pack(to + s * unit, elements(s * sources.features, sources.features));
     }
     if (full < sources.count) {
-      pack(to + full * unit,
-           elements(full * sources.features, left - full * sources.features));
+      pack(to + full * unit, elements(full * sources.features, left - full * sources.features));
     }
   };
   if constexpr (Policy::pair == 2) {

@@ -207,8 +207,8 @@ bool MakePlan(const Request& request, const Engine& engine, Plan* plan) {
     int64_t pixel = sources * job.unit + kAlignment / engine.element_bytes;
     int64_t bytes = Product({lines, job.axes[1].positions(columns), pixel, engine.element_bytes});
     if (is_sum) {
-      bytes += Product({vectors, rows, Blocks(columns, engine.pair), job.lanes,
-                        engine.element_bytes});
+      bytes +=
+          Product({vectors, rows, Blocks(columns, engine.pair), job.lanes, engine.element_bytes});
     }
     // Of up to three windows.
     bytes += Product({3, lines, static_cast<int64_t>(sizeof(int64_t))});
@@ -251,12 +251,12 @@ bool MakePlan(const Request& request, const Engine& engine, Plan* plan) {
                       ? all_columns <= engine.tile_rows
                       : job.vectors_in_group <= 2 && 2 * in_row <= engine.sums_at_once;
   bool touch = job.axes[0].step <= job.axes[0].span;
-  if (!is_sum && job.mode == Mode::kBroadcast && is_short && touch) rows = std::min<int64_t>(2, all_rows);
+  if (!is_sum && job.mode == Mode::kBroadcast && is_short && touch)
+    rows = std::min<int64_t>(2, all_rows);
   job.rows_at_once = rows;
   auto chunks = [&] {
-    return job.chunk < job.vectors_in_group
-               ? job.groups * Blocks(job.vectors_in_group, job.chunk)
-               : Blocks(job.vectors, job.chunk);
+    return job.chunk < job.vectors_in_group ? job.groups * Blocks(job.vectors_in_group, job.chunk)
+                                            : Blocks(job.vectors, job.chunk);
   };
   auto count = [&](int64_t tile) {
     return job.batch * Blocks(all_rows, tile) * Blocks(all_columns, columns) * chunks();
@@ -285,7 +285,8 @@ bool MakePlan(const Request& request, const Engine& engine, Plan* plan) {
       Product({r.batch, r.groups, r.inputs, first.operand, second.operand, engine.element_bytes}) +
       Product({r.batch, r.groups, r.outputs, first.results, second.results, engine.element_bytes});
   int64_t most = std::max<int64_t>(std::min(kSumBytes, operands) / (job.vectors * vector_bytes), 1);
-  job.slices = is_sum ? std::clamp<int64_t>(Blocks(wanted, job.chunks), 1, std::min(tiles, most)) : 1;
+  job.slices =
+      is_sum ? std::clamp<int64_t>(Blocks(wanted, job.chunks), 1, std::min(tiles, most)) : 1;
   plan->tasks = job.chunks * (is_sum ? job.slices : tiles);
   plan->workers = std::min(r.threads, plan->tasks);
   job.scratch_bytes = packed(job.chunk, job.rows_at_once, job.axes[1].tile);

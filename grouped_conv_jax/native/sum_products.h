@@ -16,9 +16,8 @@ using ProductsKernel = void (*)(const Products<Policy>&);
 template <class Policy, bool is_scalar, int tap_rows, int vectors, int... inputs>
 ProductsKernel<Policy> PickSums(int64_t count, std::integer_sequence<int, inputs...>) {
   ProductsKernel<Policy> kernel = nullptr;
-  ((kernel = count == inputs + 1
-                 ? SumRuns<Policy, is_scalar, tap_rows, inputs + 1, vectors>
-                 : kernel),
+  ((kernel =
+        count == inputs + 1 ? SumRuns<Policy, is_scalar, tap_rows, inputs + 1, vectors> : kernel),
    ...);
   return kernel;
 }
@@ -53,16 +52,19 @@ ProductsKernel<Policy> PickTurnedSums(int64_t taps) {
 }
 
 template <class Policy>
-ProductsKernel<Policy> PickProducts(const Job& job, int64_t tap_rows, int64_t taps,
-                                    int64_t inputs, int64_t vectors) {
+ProductsKernel<Policy> PickProducts(const Job& job, int64_t tap_rows, int64_t taps, int64_t inputs,
+                                    int64_t vectors) {
   if (job.mode == Mode::kBroadcast) return PickSums<Policy, true>(tap_rows, vectors, inputs);
   if (job.mode == Mode::kSpread || job.outputs == 1) {
     return PickSums<Policy, false>(tap_rows, vectors, inputs);
   }
   switch (job.outputs) {
-    case 2: return PickTurnedSums<Policy, 2>(taps);
-    case 4: return PickTurnedSums<Policy, 4>(taps);
-    default: return PickTurnedSums<Policy, 8>(taps);
+    case 2:
+      return PickTurnedSums<Policy, 2>(taps);
+    case 4:
+      return PickTurnedSums<Policy, 4>(taps);
+    default:
+      return PickTurnedSums<Policy, 8>(taps);
   }
 }
 
@@ -106,8 +108,7 @@ class Gradient {
     Positions positions{q.residue + columns.begin * q.period, q.period * pair, this->columns,
                         axis.results};
     for (int64_t r = 0; r < rows.size(); r++) {
-      const auto* line =
-          image_ + (p.residue + (rows.begin + r) * p.period) * axis.results * all_;
+      const auto* line = image_ + (p.residue + (rows.begin + r) * p.period) * axis.results * all_;
       Element* to = packed_ + r * row_;
       // The vectors of a group that does not fill its last one overlap if they are seen as evenly
       // spaced.
@@ -201,8 +202,8 @@ void SumProducts(const Job& job, int64_t number, void* scratch) {
           for (int64_t k = 0, inputs; k < run; k += inputs) {
             int64_t left = run - k;
             inputs = turns ? left : Blocks(left, Blocks(left, MostInputs(together)));
-            products.operand = window.of(v) + q.first * window.pixel() +
-                               j * products.column_gap + k * products.input_step;
+            products.operand = window.of(v) + q.first * window.pixel() + j * products.column_gap +
+                               k * products.input_step;
             products.sums = sums + v * job.vector_size() + offset + i * products.sums_row +
                             j * products.sums_column + k * lanes;
             PickProducts<Kernels>(job, tap_rows, taps, inputs, together)(products);
@@ -223,10 +224,9 @@ void SumProducts(const Job& job, int64_t number, void* scratch) {
       char* memory = static_cast<char*>(scratch);
       Span parts[3];
       SplitColumns(column_axis, all_columns, are_inside && SumsInPlace<Policy>(job), 1, parts);
-      Window<Policy> windows[3] = {
-          {job, image, vectors, parts[0], false, pair_step, &memory},
-          {job, image, vectors, parts[1], true, pair_step, &memory},
-          {job, image, vectors, parts[2], false, pair_step, &memory}};
+      Window<Policy> windows[3] = {{job, image, vectors, parts[0], false, pair_step, &memory},
+                                   {job, image, vectors, parts[1], true, pair_step, &memory},
+                                   {job, image, vectors, parts[2], false, pair_step, &memory}};
       Gradient<Policy> gradient(job, image, vectors, memory);
       for (int64_t j = all_rows.begin; j < all_rows.end; j += job.rows_at_once) {
         for (int i = 0; i < 3; i++) {

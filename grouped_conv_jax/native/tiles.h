@@ -110,7 +110,8 @@ void RowOfTiles(const TileRow<Policy>& tiles) {
     for (int64_t p = 0; p < (b == 0 ? tiles.first : tiles.second); p++) {
       auto* result = row.result + b * tiles.next_result + p * row.result_step;
       for (int v = 0; v < vectors; v++) {
-        StoreSums<Policy>(result + v * kLanes<Policy>, Load<typename Policy::Sum>(sums[2 * b + v][p]),
+        StoreSums<Policy>(result + v * kLanes<Policy>,
+                          Load<typename Policy::Sum>(sums[2 * b + v][p]),
                           v == vectors - 1 ? row.lanes : kLanes<Policy>);
       }
     }

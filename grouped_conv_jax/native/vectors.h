@@ -54,8 +54,8 @@ INLINE void Store(T* to, V v) {
   memcpy(to, &v, sizeof(V));
 }
 
-// The first `count` lanes, by one instruction where there is one: sums that are looked at lane by lane
-// would not stay in registers before.
+// The first `count` lanes, by one instruction where there is one: sums that are looked at lane by
+// lane would not stay in registers before.
 template <class V, class T>
 INLINE void StoreFirst(T* to, V v, int count) {
 #ifdef __AVX512F__

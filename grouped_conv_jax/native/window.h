@@ -55,8 +55,8 @@ class Window {
  public:
   using Element = typename Policy::Element;
 
-  // `columns` is a tile, or a part of it; pairs are of features if `pair_step` is 0. Memory is taken
-  // from `scratch`.
+  // `columns` is a tile, or a part of it; pairs are of features if `pair_step` is 0. Memory is
+  // taken from `scratch`.
   Window(const Job& job, int64_t image, Span vectors, Span columns, bool is_direct,
          int64_t pair_step, char** scratch)
       : job_(job), is_direct_(is_direct), pair_step_(pair_step), rows_(job.window_rows()) {
@@ -148,8 +148,8 @@ bool IsCopy(const Job& job) {
          job.mode == Mode::kRotate && job.groups * job.inputs % kLanes<Policy> == 0;
 }
 
-// Whether the operand is read in place. If each element is used often, a copy of it pays, since that
-// lies closer together.
+// Whether the operand is read in place. If each element is used often, a copy of it pays, since
+// that lies closer together.
 template <class Policy>
 bool ReadsInPlace(const Job& job) {
   return IsCopy<Policy>(job) &&
