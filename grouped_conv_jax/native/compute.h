@@ -1,4 +1,4 @@
-// A request, computed: the plan is made, and its tasks shared with the threads of a pool.
+// Computes one call: plans it and shares its tasks with the threads of a pool.
 #ifndef GROUPED_CONV_COMPUTE_H_
 #define GROUPED_CONV_COMPUTE_H_
 
@@ -12,13 +12,13 @@
 #include <sys/mman.h>
 #endif
 
-#include "engines.h"
+#include "instruction_sets.h"
 #include "parallel.h"
 #include "plan.h"
 
 namespace grouped_conv {
 
-// Bytes, at the beginning of a cache line. (XLA offers calls on a CPU no allocator.)
+// Memory that begins at a cache line. XLA offers no allocator to calls on a CPU.
 class Memory {
  public:
   explicit Memory(int64_t bytes)
@@ -32,9 +32,9 @@ class Memory {
   char* data_;
 };
 
-// A hint for memory that is going to be written, perhaps for the first time: with huge pages, where
-// the system has some for who asks, it is there in a five hundredth of the page faults. These take
-// longer than a depthwise convolution does. Only whole huge pages are asked for.
+// Asks for huge pages for memory that is about to be written, perhaps for the first time. They need
+// 512 times fewer page faults, which otherwise take longer than a depthwise convolution. Systems
+// without huge pages ignore it.
 inline void AskForHugePages(void* data, int64_t bytes) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kPage = 2 << 20;
@@ -44,35 +44,39 @@ inline void AskForHugePages(void* data, int64_t bytes) {
 #endif
 }
 
-// Of bfloat16 not all convolutions can be computed in pairs or in tiles.
-inline const Engine* BestEngine(const Request& r, Type type) {
-  if (type == Type::kBfloat16) {
+// Returns the fastest kernels for a request. Some convolutions in bfloat16 can be computed by AMX
+// or in pairs.
+inline const KernelTable* BestKernels(const Request& r, ElementType type) {
+  if (type == ElementType::kBfloat16) {
     bool is_sum = r.contraction == Contraction::kWgrad;
-    // More than half of a tile, as wide as a vector, and a quarter of its depth or more are used.
-    bool fits_tiles = !is_sum && r.outputs > 8 && r.inputs % 8 == 0;
-    if (const Engine* tiles = EngineFor(Type::kBfloat16Tile); tiles && fits_tiles) return tiles;
-    // Pairs of features must be whole; with one input, there is one product for each output.
-    // Pairs of pixels must be, too: what stood in for the other one might be infinite.
+    // AMX pays off if groups fill more than half of a register's 16 outputs and at least a quarter
+    // of its 32 inputs.
+    bool fits_amx = !is_sum && r.outputs > 8 && r.inputs % 8 == 0;
+    const KernelTable* amx = KernelsFor(ElementType::kBfloat16Amx);
+    if (amx && fits_amx) return amx;
+    // Pairs of inputs, or of pixels for the kernel's gradient, must be complete: a zero in place of
+    // a missing number would be multiplied with a number that may be infinite. A depthwise kernel's
+    // gradient would gain nothing.
     const Dimension& columns = r.dimensions[1];
     bool has_pairs = is_sum
                          ? r.inputs * r.outputs > 1 && columns.gaps == 1 && columns.results % 2 == 0
                          : r.inputs % 2 == 0;
-    if (const Engine* pairs = EngineFor(Type::kBfloat16Pair); pairs && has_pairs) return pairs;
+    const KernelTable* pairs = KernelsFor(ElementType::kBfloat16Pair);
+    if (pairs && has_pairs) return pairs;
   }
-  return EngineFor(type);
+  return KernelsFor(type);
 }
 
-// The operands in the order of the contraction: input and kernel, gradient of the output and
-// kernel, input and gradient of the output. Shapes are those of the request, which `Check` has
-// passed. A pool is what `ParallelFor` takes. Throws std::bad_alloc.
+// Computes a request that `Check` has passed. The operands are in the order of the contraction:
+// input and kernel, output's gradient and kernel, or input and output's gradient. `pool` is what
+// `ParallelFor` takes. Throws std::bad_alloc.
 template <class Pool>
-void Compute(const Request& request, Type type, Pool& pool, const void* first, const void* second,
-             void* result, int64_t result_bytes) {
-  bool is_sum = request.contraction == Contraction::kWgrad;
-  const Engine* engine = BestEngine(request, type);
-  if (engine == nullptr) throw std::runtime_error("no kernels for this type");
+void Compute(const Request& request, ElementType type, Pool& pool, const void* first,
+             const void* second, void* result, int64_t result_bytes) {
+  const KernelTable* kernels = BestKernels(request, type);
+  if (kernels == nullptr) throw std::runtime_error("no kernels for this type");
   Plan plan;
-  if (!MakePlan(request, *engine, &plan)) throw std::bad_alloc();
+  if (!MakePlan(request, *kernels, &plan)) throw std::bad_alloc();
   Job& job = plan.job;
   Memory packed(plan.packed_bytes), scratch(plan.workers * job.scratch_bytes);
   job.operand = first;
@@ -80,24 +84,25 @@ void Compute(const Request& request, Type type, Pool& pool, const void* first, c
   job.result = result;
   job.packed = packed.data();
   AskForHugePages(result, result_bytes);
-  // A thread is not woken for less.
+  auto run_tasks = [&](auto function) {
+    ParallelFor(pool, plan.tasks, plan.workers, [&](int64_t task, int64_t worker) {
+      function(job, task, scratch.data() + worker * job.scratch_bytes);
+    });
+  };
+  // Waking a thread takes longer than packing this many bytes of weights.
   constexpr int64_t kBytes = 64 << 10;
   int64_t workers = std::clamp<int64_t>(plan.packed_bytes / kBytes, 1, plan.workers);
-  auto task = [&](auto function) {
-    return [&, function](int64_t task, int64_t worker) {
-      function(job, task, scratch.data() + worker * job.scratch_bytes);
-    };
+  auto each_vector = [&](auto function) {
+    ParallelFor(pool, job.vectors, workers,
+                [&](int64_t vector, int64_t) { function(job, vector); });
   };
-  auto vector = [&](auto function) {
-    return [&, function](int64_t vector, int64_t) { function(job, vector); };
-  };
-  if (is_sum) {
-    ParallelFor(pool, plan.tasks, plan.workers, task(engine->sum_products));
-    if (plan.leaves_out_taps) memset(result, 0, result_bytes);
-    ParallelFor(pool, job.vectors, workers, vector(engine->unpack_weights));
+  if (request.contraction == Contraction::kWgrad) {
+    run_tasks(kernels->sum_products);
+    if (plan.has_unseen_taps) memset(result, 0, result_bytes);
+    each_vector(kernels->unpack_weights);
   } else {
-    ParallelFor(pool, job.vectors, workers, vector(engine->pack_weights));
-    ParallelFor(pool, plan.tasks, plan.workers, task(engine->correlate));
+    each_vector(kernels->pack_weights);
+    run_tasks(kernels->correlate);
   }
 }
 

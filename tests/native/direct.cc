@@ -46,8 +46,8 @@ int direct(int contraction, int type, int threads, const int64_t* sizes, const i
   if (!grouped_conv::Check(request).empty()) return 1;
   Threads pool;
   try {
-    grouped_conv::Compute(request, static_cast<grouped_conv::Type>(type), pool, first, second,
-                          result, result_bytes);
+    grouped_conv::Compute(request, static_cast<grouped_conv::ElementType>(type), pool, first,
+                          second, result, result_bytes);
   } catch (const std::exception&) {
     return 2;
   }
