@@ -46,9 +46,8 @@ class AmxShapes {
       row_bytes_[i] = static_cast<uint16_t>(i == 4 || i == 5 ? 4 * depth : 64);
     }
 #ifdef GROUPED_CONV_AMX
-    asm volatile(
-        "" ::
-            : "memory");  // The compiler does not know that the next line reads this object.
+    // The compiler does not know that the next line reads this object.
+    asm volatile("" ::: "memory");
     _tile_loadconfig(this);
 #endif
   }
@@ -75,7 +74,8 @@ struct AmxArguments {
 template <class Policy, int blocks, int vectors>
 void CorrelateAmx(const AmxArguments<Policy>& amx) {
 #ifdef GROUPED_CONV_AMX
-  asm volatile("" ::: "memory");  // The compiler does not know what the registers are loaded from.
+  // The compiler does not know what the registers are loaded from.
+  asm volatile("" ::: "memory");
   const RowArguments<Policy>& row = amx.row;
   const int64_t step = row.step * sizeof(uint32_t);
   constexpr int kWeights = kLanes<Policy> * sizeof(uint32_t);

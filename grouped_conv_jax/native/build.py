@@ -140,8 +140,10 @@ def kernels(folder: Path) -> list[Unit]:
             Unit(folder / "kernel_table.cc", name, (f"-DINSTRUCTION_SET={name}", *more))
             for name, more in sets.items()
         ),
-        Unit(folder / "plan.cc", "plan", flags),
-        Unit(folder / "instruction_sets.cc", "instruction_sets", flags),
+        *(
+            Unit(folder / f"{name}.cc", name, flags)
+            for name in ("phases", "plan", "instruction_sets")
+        ),
     ]
 
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <new>
 #include <stdexcept>
 
@@ -18,19 +19,14 @@
 
 namespace grouped_conv {
 
-// Memory that begins at a cache line. XLA offers no allocator to calls on a CPU.
-class Memory {
- public:
-  explicit Memory(int64_t bytes)
-      : data_(static_cast<char*>(::operator new(bytes, std::align_val_t{kAlignment}))) {}
-  Memory(const Memory&) = delete;
-  Memory& operator=(const Memory&) = delete;
-  ~Memory() { ::operator delete(data_, std::align_val_t{kAlignment}); }
-  char* data() const { return data_; }
-
- private:
-  char* data_;
+struct Free {
+  void operator()(char* data) const { ::operator delete(data, std::align_val_t{kAlignment}); }
 };
+
+// Returns memory that begins at a cache line. XLA offers no allocator to calls on a CPU.
+inline std::unique_ptr<char, Free> Allocate(int64_t bytes) {
+  return {static_cast<char*>(::operator new(bytes, std::align_val_t{kAlignment})), Free{}};
+}
 
 // Asks for huge pages for memory that is about to be written, perhaps for the first time. They need
 // 512 times fewer page faults, which otherwise take longer than a depthwise convolution. Systems
@@ -44,13 +40,11 @@ inline void AskForHugePages(void* data, int64_t bytes) {
 #endif
 }
 
-// Returns the fastest kernels for a request. Some convolutions in bfloat16 can be computed by AMX
-// or in pairs.
+// Returns the fastest kernels for a request: for bfloat16 those that use AMX or pairs, if possible.
 inline const KernelTable* BestKernels(const Request& r, ElementType type) {
   if (type == ElementType::kBfloat16) {
     bool is_sum = r.contraction == Contraction::kWgrad;
-    // AMX pays off if groups fill more than half of a register's 16 outputs and at least a quarter
-    // of its 32 inputs.
+    // Groups must fill more than half of the 16 outputs and a quarter of the 32 inputs of AMX.
     bool fits_amx = !is_sum && r.outputs > 8 && r.inputs % 8 == 0;
     const KernelTable* amx = KernelsFor(ElementType::kBfloat16Amx);
     if (amx && fits_amx) return amx;
@@ -78,15 +72,16 @@ void Compute(const Request& request, ElementType type, Pool& pool, const void* f
   Plan plan;
   if (!MakePlan(request, *kernels, &plan)) throw std::bad_alloc();
   Job& job = plan.job;
-  Memory packed(plan.packed_bytes), scratch(plan.workers * job.scratch_bytes);
+  auto packed = Allocate(plan.packed_bytes);
+  auto scratch = Allocate(plan.workers * job.scratch_bytes);
   job.operand = first;
   job.other = second;
   job.result = result;
-  job.packed = packed.data();
+  job.packed = packed.get();
   AskForHugePages(result, result_bytes);
   auto run_tasks = [&](auto function) {
     ParallelFor(pool, plan.tasks, plan.workers, [&](int64_t task, int64_t worker) {
-      function(job, task, scratch.data() + worker * job.scratch_bytes);
+      function(job, task, scratch.get() + worker * job.scratch_bytes);
     });
   };
   // Waking a thread takes longer than packing this many bytes of weights.

@@ -5,8 +5,8 @@
 
 #include "amx.h"
 #include "job.h"
+#include "register_blocks.h"
 #include "register_kernels.h"
-#include "registers.h"
 #include "window.h"
 
 namespace grouped_conv {
@@ -16,26 +16,25 @@ template <class Policy>
 using RowKernel = void (*)(const RowArguments<Policy>&);
 
 // The functions below pick the register kernel for a number of results (rows), vectors and pixels.
-// `slide` is the number of taps that slide along the row, or 0 (see register_kernels.h).
+// `slide` is the number of columns of taps if neighboring columns see neighboring pixels, or 0.
+
 template <class Policy, bool is_scalar, int results, int vectors, int... pixels>
 RowKernel<Policy> PickRuns(int64_t count, std::integer_sequence<int, pixels...>) {
-  RowKernel<Policy> kernel = nullptr;
-  ((kernel = count == pixels + 1 ? CorrelateRuns<Policy, is_scalar, results, pixels + 1, vectors>
-                                 : kernel),
-   ...);
-  return kernel;
+  static constexpr RowKernel<Policy> kernels[] = {
+      CorrelateRuns<Policy, is_scalar, results, pixels + 1, vectors>...};
+  return kernels[count - 1];
 }
 
 template <class Policy, int width, int taps, int... pixels>
 RowKernel<Policy> PickRotations(int64_t count, std::integer_sequence<int, pixels...>) {
-  RowKernel<Policy> kernel = nullptr;
-  ((kernel = count == pixels + 1 ? CorrelateRotations<Policy, width, taps, pixels + 1> : kernel),
-   ...);
-  return kernel;
+  static constexpr RowKernel<Policy> kernels[] = {
+      CorrelateRotations<Policy, width, taps, pixels + 1>...};
+  return kernels[count - 1];
 }
 
+// Kernels of 3 columns slide along the row (see `SlideRotation`); depthwise ones also of 5 and 7.
 template <class Policy, int width>
-RowKernel<Policy> PickRotation(int64_t slide, int64_t count) {
+RowKernel<Policy> PickRotations(int64_t slide, int64_t count) {
   using Pixels = UpTo<MostPixels(1)>;
   if constexpr (width * 2 <= kLanes<Policy>) {
     if (slide == 3) return PickRotations<Policy, width, 3>(count, Pixels{});
@@ -48,12 +47,6 @@ RowKernel<Policy> PickRotation(int64_t slide, int64_t count) {
   return nullptr;
 }
 
-// Returns whether there is a kernel that slides this many taps. Wider groups need more rotations,
-// for which fewer taps fit in the registers.
-constexpr bool Slides(int64_t width, int64_t taps) {
-  return taps == 3 || (width == 1 && (taps == 5 || taps == 7));
-}
-
 template <class Policy>
 RowKernel<Policy> PickRow(const Job& job, int64_t results, int64_t vectors, int64_t slide,
                           int64_t count) {
@@ -61,26 +54,19 @@ RowKernel<Policy> PickRow(const Job& job, int64_t results, int64_t vectors, int6
     return PickRuns<Policy, false, 1, 1>(count, UpTo<MostPixels(1)>{});
   }
   if (job.layout == Layout::kBroadcast) {
+    constexpr int most = kMostVectors;
     if (results == 2) {
       if (vectors == 1) return PickRuns<Policy, true, 2, 1>(count, UpTo<kMostSums / 2>{});
       return PickRuns<Policy, true, 2, 2>(count, UpTo<kMostSums / 4>{});
     }
     if (vectors == 1) return PickRuns<Policy, true, 1, 1>(count, UpTo<MostPixels(1)>{});
     if (vectors == 2) return PickRuns<Policy, true, 1, 2>(count, UpTo<MostPixels(2)>{});
-    if constexpr (kMostVectors == 3) {
-      return PickRuns<Policy, true, 1, 3>(count, UpTo<MostPixels(3)>{});
-    }
+    return PickRuns<Policy, true, 1, most>(count, UpTo<MostPixels(most)>{});
   }
-  switch (job.outputs) {
-    case 1:
-      return PickRotation<Policy, 1>(slide, count);
-    case 2:
-      return PickRotation<Policy, 2>(slide, count);
-    case 4:
-      return PickRotation<Policy, 4>(slide, count);
-    default:
-      return PickRotation<Policy, 8>(slide, count);
-  }
+  if (job.outputs == 1) return PickRotations<Policy, 1>(slide, count);
+  if (job.outputs == 2) return PickRotations<Policy, 2>(slide, count);
+  if (job.outputs == 4) return PickRotations<Policy, 4>(slide, count);
+  return PickRotations<Policy, 8>(slide, count);
 }
 
 template <class Policy>
@@ -119,7 +105,7 @@ class Correlator {
   }
 
  private:
-  // One row of results of a phase, or two rows, of which kernels compute one block after the other.
+  // One or two rows of results of a phase, which kernel calls compute block by block.
   struct RowOfBlocks {
     RowArguments<Policy> arguments;  // `MoveTo` sets what differs from block to block.
     const Window<Policy>& window;
@@ -129,8 +115,8 @@ class Correlator {
     int64_t results, columns, slide;
   };
 
-  // Returns the rows of taps that row `j` of the results sees inside the image: rows of zeros need
-  // no multiplications.
+  // Returns the rows of taps that row `j` of the results sees inside the image. The others see
+  // zeros and need no multiplications.
   INLINE Span TapsInside(const Phase2d& phase, int64_t j) const {
     const Axis& axis = job_.axes[0];
     const Phase& p = phase.rows;
@@ -162,7 +148,6 @@ class Correlator {
       row.run *= row.columns;
       row.columns = 1;
     }
-    bool slides = q.step == 1 && q.gap == 1 && Slides(job_.outputs, q.taps);
     RowOfBlocks blocks{
         row,
         window,
@@ -172,7 +157,7 @@ class Correlator {
         q.first * window.pixel_size(),
         rows.size(),
         columns.size(),
-        slides ? q.taps : 0};
+        q.step == 1 && q.gap == 1 ? q.taps : 0};
     if constexpr (Policy::uses_amx) {
       ComputeByAmx(blocks);
     } else if (job_.layout == Layout::kBroadcast) {
@@ -217,8 +202,7 @@ class Correlator {
     }
   }
 
-  // A kernel call computes two blocks of up to 16 pixels: two of one row, or one of each of two
-  // rows.
+  // A kernel call computes two blocks of up to 16 pixels, both of one row or one of each row.
   INLINE void ComputeByAmx(RowOfBlocks& blocks) {
     const RowArguments<Policy>& row = blocks.arguments;
     for (int64_t v = vectors_.begin, together; v < vectors_.end; v += together) {
@@ -249,7 +233,7 @@ class Correlator {
   Span vectors_;
   int64_t pixel_, row_;  // Elements from pixel to pixel and from row to row of the result.
   Stored* image_;
-  [[maybe_unused]] AmxShapes shapes_;
+  AmxShapes shapes_;
 };
 
 // Returns whether the operand is read in place. If each element is used more often than this, the

@@ -3,6 +3,7 @@
 #include <exception>
 #include <new>
 #include <string>
+#include <utility>
 
 #include "compute.h"
 #include "instruction_sets.h"
@@ -19,19 +20,15 @@ ffi::Error Invalid(const std::string& what) {
 }
 
 bool TypeOf(const ffi::AnyBuffer& buffer, ElementType* type) {
-  switch (buffer.element_type()) {
-    case ffi::DataType::F32:
-      *type = ElementType::kFloat32;
-      return true;
-    case ffi::DataType::F64:
-      *type = ElementType::kFloat64;
-      return true;
-    case ffi::DataType::BF16:
-      *type = ElementType::kBfloat16;
-      return true;
-    default:
-      return false;
+  constexpr std::pair<ffi::DataType, ElementType> types[] = {
+      {ffi::DataType::F32, ElementType::kFloat32},
+      {ffi::DataType::F64, ElementType::kFloat64},
+      {ffi::DataType::BF16, ElementType::kBfloat16}};
+  for (auto [theirs, ours] : types) {
+    *type = ours;
+    if (buffer.element_type() == theirs) return true;
   }
+  return false;
 }
 
 // The sizes of the three arrays, in the roles that they have in a `Request`: `results` is the
@@ -40,8 +37,8 @@ struct Shapes {
   ffi::AnyBuffer::Dimensions operand, results, kernel;
 };
 
-// Fills in a request. `numbers` are its two `Dimension`s, one after the other. Returns what is
-// wrong.
+// Fills in a request and returns what is wrong. `numbers` are its `Dimension`s, one after the
+// other.
 std::string MakeRequest(Contraction contraction, const Shapes& shapes, int64_t groups,
                         ffi::Span<const int64_t> numbers, Request* request) {
   const auto& [operand, results, kernel] = shapes;

@@ -1,10 +1,9 @@
 // The plan of one call in plain numbers: what is computed, and how the work is divided into tiles,
-// chunks and vectors. plan.cc fills it in and checks it; the code of every instruction set reads
-// it.
+// chunks and vectors. plan.cc fills it in, and the code of every instruction set reads it.
 //
 // Every call has two spatial dimensions, "rows" and "columns"; a 1-D convolution has one row.
-// Arrays are (batch, rows, columns, features), kernels are (rows, columns, inputs of a group,
-// features).
+// Arrays are (batch, rows, columns, features). Kernels are (rows, columns, features, features): the
+// inputs of a group and the outputs of all groups of the forward convolution.
 #ifndef GROUPED_CONV_JOB_H_
 #define GROUPED_CONV_JOB_H_
 

@@ -1,7 +1,6 @@
 // Packs the kernel of the convolution for the register kernels, and unpacks its gradient.
 //
-// The packed kernel is [vectors, taps, terms, lanes], where the taps of all phases follow each
-// other.
+// The packed kernel is [vectors, taps, terms, lanes]. The taps of all phases follow each other.
 #ifndef GROUPED_CONV_PACKED_KERNEL_H_
 #define GROUPED_CONV_PACKED_KERNEL_H_
 
@@ -120,10 +119,9 @@ void PackWeights(const Job& job, int64_t vector) {
 // Adds the sums of all slices, always in the same order, and stores them in the caller's array.
 template <class Policy>
 void UnpackWeights(const Job& job, int64_t vector) {
-  using Number = std::remove_reference_t<decltype(typename Policy::Sum{}[0])>;
   auto* to = static_cast<typename Policy::Stored*>(job.result);
   int64_t slice = job.vectors * job.vector_size();
-  Number* sums = static_cast<Number*>(job.packed) + vector * job.vector_size();
+  auto* sums = static_cast<Number<Policy>*>(job.packed) + vector * job.vector_size();
   for (int64_t s = 1; s < job.slices; s++) {
     for (int64_t i = 0; i < job.vector_size(); i++) sums[i] += sums[s * slice + i];
   }

@@ -46,8 +46,8 @@ struct PixelPairs {
   const typename Policy::Stored *at, *next;
   int64_t count;
   INLINE uint32_t operator[](int64_t i) const {
-    uint32_t low = !may_be_outside || at ? at[i].bits : 0,
-             high = !may_be_outside || next ? next[i].bits : 0;
+    uint32_t low = !may_be_outside || at ? at[i].bits : 0;
+    uint32_t high = !may_be_outside || next ? next[i].bits : 0;
     return low | high << 16;
   }
   INLINE Vector<uint32_t> from(int64_t i) const {
@@ -72,8 +72,8 @@ INLINE Vector<typename Policy::Element> LoadElements(const Source& from) {
   return Load<Vector<typename Policy::Element>>(all);
 }
 
-// The three classes below pack one panel of one pixel. `copies` says whether the panel is a copy of
-// the elements.
+// The three classes below pack one panel of one pixel. `copies` says whether it equals the
+// elements.
 
 // A panel for kRotate: a vector of elements, with zeros after the last one.
 template <class Policy>
@@ -101,18 +101,17 @@ struct PackScalars {
 // A panel for kSpread: `terms` vectors. Lane i of vector t is element index[i] + t.
 //
 // With 2 groups of 3 outputs in 8 lanes and 2 inputs, index is 0 0 0 2 2 2 0 0: the panel of the
-// elements a0 a1 b0 b1 is a0 a0 a0 b0 b0 b0 - -, then a1 a1 a1 b1 b1 b1 - -. The last lanes are
-// unused.
+// elements a0 a1 b0 b1 is a0 a0 a0 b0 b0 b0 - -, then a1 a1 a1 b1 b1 b1 - -.
 template <class Policy>
 struct PackSpread {
   static constexpr bool copies = false;
-  int64_t terms, inputs, groups_in_vector;
+  int64_t terms;
   int32_t index[kLanes<Policy>];
 
   // Each group of `width` lanes sees its own `inputs` elements. If `wraps`, its lanes do not all
   // begin at the first input, but at inputs 0, 1, 2, ... and from 0 again.
-  PackSpread(int64_t terms, int64_t inputs, int64_t width, bool wraps)
-      : terms(terms), inputs(inputs), groups_in_vector(kLanes<Policy> / width) {
+  PackSpread(int64_t terms, int64_t inputs, int64_t width, bool wraps) : terms(terms) {
+    int64_t groups_in_vector = kLanes<Policy> / width;
     for (int64_t i = 0; i < kLanes<Policy>; i++) {
       int64_t group = i / width < groups_in_vector ? i / width : 0;
       index[i] = static_cast<int32_t>(group * inputs + (wraps ? i % width % inputs : 0));

@@ -2,9 +2,7 @@
 #include "plan.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <initializer_list>
-#include <numeric>
 
 namespace grouped_conv {
 namespace {
@@ -47,81 +45,7 @@ int64_t Product(std::initializer_list<int64_t> factors) {
   return product;
 }
 
-bool IsPowerOfTwo(int64_t n) { return (n & (n - 1)) == 0; }
-
-// Returns the phases of the results along a dimension, in positions of the operand.
-//
-// Result q reads an element through tap i if q * stride + i * dilation - low is a multiple of gaps.
-// So results `period` apart see the same taps, and the taps that a result sees are `tap_step`
-// apart. The first one is below `tap_step`, or there is none. `Phase` has an example.
-std::vector<Phase> PhasesOf(const Dimension& d) {
-  int64_t period = d.gaps / std::gcd(d.stride, d.gaps);
-  int64_t tap_step = d.gaps / std::gcd(std::abs(d.dilation), d.gaps);
-  std::vector<Phase> phases;
-  for (int64_t residue = 0; residue < std::min(period, d.results); residue++) {
-    Phase phase{};
-    phase.residue = residue;
-    phase.period = period;
-    phase.count = CeilDiv(d.results - residue, period);
-    phase.step = period * d.stride / d.gaps;
-    phase.gap = 1;
-    auto start = [&](int64_t tap) { return residue * d.stride + tap * d.dilation - d.low; };
-    int64_t tap = 0, end = std::min(tap_step, d.taps);
-    while (tap < end && start(tap) % d.gaps != 0) tap++;
-    if (tap < end) {
-      phase.tap = tap;
-      phase.taps = (d.taps - 1 - tap) / tap_step + 1;
-      phase.tap_step = tap_step;
-      phase.first = start(tap) / d.gaps;
-      phase.gap = tap_step * d.dilation / d.gaps;
-      if (phase.gap <
-          0) {  // The input's gradient reads the kernel backwards: begin at its last tap.
-        phase.tap += (phase.taps - 1) * tap_step;
-        phase.first += (phase.taps - 1) * phase.gap;
-        phase.tap_step = -tap_step;
-        phase.gap = -phase.gap;
-      }
-    }
-    phases.push_back(phase);
-  }
-  return phases;
-}
-
-// Finds the positions that any phase reads, and numbers them from 0 (see `Axis`).
-Axis AxisOf(const Dimension& dimension, std::vector<Phase>* phases) {
-  *phases = PhasesOf(dimension);
-  Axis axis{};
-  axis.operand = dimension.operand;
-  axis.results = dimension.results;
-  axis.phases = phases->data();
-  axis.phase_count = static_cast<int64_t>(phases->size());
-  bool reads = false;
-  for (const Phase& phase : *phases) {
-    if (phase.taps == 0) continue;
-    axis.low = reads ? std::min(axis.low, phase.first) : phase.first;
-    reads = true;
-  }
-  axis.grain = (*phases)[0].step;
-  for (const Phase& phase : *phases) {
-    if (phase.taps == 0) continue;
-    axis.grain = std::gcd(axis.grain, phase.first - axis.low);
-    if (phase.taps > 1) axis.grain = std::gcd(axis.grain, phase.gap);
-  }
-  axis.step = (*phases)[0].step / axis.grain;
-  axis.span = 1;
-  for (Phase& phase : *phases) {
-    phase.step = axis.step;
-    phase.first = phase.taps > 0 ? (phase.first - axis.low) / axis.grain : 0;
-    phase.gap = phase.taps > 1 ? phase.gap / axis.grain : 1;
-    if (phase.taps > 0) {
-      axis.span = std::max(axis.span, phase.first + (phase.taps - 1) * phase.gap + 1);
-    }
-  }
-  return axis;
-}
-
-// Returns the request with all pixels in one long row, if its kernel has one tap that reads each
-// pixel once.
+// Returns the request with all pixels in one long row, if its single tap reads each pixel once.
 Request Flattened(Request r) {
   int64_t pixels = r.batch;
   for (const Dimension& d : r.dimensions) {
@@ -203,7 +127,7 @@ class Planner {
       job_.vectors_in_group = CeilDiv(job_.outputs, job_.lanes);
       job_.vectors = job_.groups * job_.vectors_in_group;
       job_.panel_size = job_.terms;
-    } else if (job_.inputs == job_.outputs && IsPowerOfTwo(job_.outputs) &&
+    } else if (job_.inputs == job_.outputs && __builtin_popcountll(job_.outputs) == 1 &&
                job_.outputs <= kernels_.largest_rotation) {
       job_.layout = Layout::kRotate;
       job_.panel_size = job_.lanes;
@@ -243,8 +167,7 @@ class Planner {
   }
 
   // Chooses the chunk and the columns of a tile so that a window of one row of results stays in the
-  // cache. Chunks are divided first, because long rows use each weight more often, but down to
-  // kFewestVectors only: the features of a pixel follow each other in memory.
+  // cache. The features of a pixel follow each other in memory, so chunks keep kFewestVectors.
   void FitWindow() {
     columns_ = all_columns_;
     bool weights_may_leave_cache = !is_sum_ && columns_ >= kManyColumns;

@@ -9,16 +9,11 @@
 
 #include "job.h"
 #include "kernel_table.h"
+#include "phases.h"
 
 namespace grouped_conv {
 
 enum class Contraction { kFprop, kDgrad, kWgrad };
-
-// One spatial dimension of a correlation: result q reads through tap i element number
-// (q * stride + i * dilation - low) / gaps of the operand, if that is a whole number.
-struct Dimension {
-  int64_t operand, results, taps, stride, dilation, gaps, low;
-};
 
 // `inputs` and `outputs` are features per group, as in `Job`.
 struct Request {
@@ -40,8 +35,8 @@ struct Plan {
 // Returns an empty string, or what is wrong with the request.
 std::string Check(const Request& request);
 
-// Plans a checked request, without the pointers to its arrays. Returns false if it would take too
-// much memory.
+// Plans a checked request, without the pointers to its arrays. Returns false if it needs too much
+// memory.
 bool MakePlan(const Request& request, const KernelTable& kernels, Plan* plan);
 
 }  // namespace grouped_conv

@@ -24,8 +24,7 @@ namespace INSTRUCTION_SET {
 //
 // Tap (i, j) of result p begins at operand[lines[i * line_gap] + j * column_gap + p * step]. From
 // there on `run` packed elements are multiplied: the inputs of one tap, or those of several taps
-// that follow each other in the window. A second row of results uses lines[i * line_gap +
-// next_line].
+// that follow each other in the window. A second row of results reads `next_line` lines further.
 template <class Policy>
 struct RowArguments {
   const typename Policy::Element *operand, *weights;
@@ -54,9 +53,8 @@ INLINE void StoreRow(const RowArguments<Policy>& row, typename Policy::Stored* r
   }
 }
 
-// The addresses of pixels that are a constant distance apart. One register for each pixel would be
-// too many, so only every fifth pixel has one. An x86 address can add another register times 1, 2
-// or 4:
+// The addresses of pixels that are a constant distance apart. A register for each pixel would be
+// too many, so every fifth pixel has one. An x86 address can add another register times 1, 2 or 4:
 //   pixels 5b + 0, 1, 2, 4 = base b + (0, 1, 2, 4) * step        pixel 5b + 3 = base b + three_
 // The empty `asm` statements hide these relations, because the compiler would undo them.
 template <class T, int pixels>
@@ -133,11 +131,11 @@ void CorrelateRuns(const RowArguments<Policy>& row) {
   }
 }
 
-// Adds to all pixels the products of one input: that `rotation` lanes further in each group.
+// Adds the products of one input of each group to all pixels: the one `rotation` lanes further.
 template <class Policy, int width, int rotation, int pixels>
-INLINE void AddRotated(typename Policy::Sum (&sums)[pixels][1],
-                       const typename Policy::Element* operand, int64_t step,
-                       const typename Policy::Element* weights) {
+INLINE void AddRotation(typename Policy::Sum (&sums)[pixels][1],
+                        const typename Policy::Element* operand, int64_t step,
+                        const typename Policy::Element* weights) {
   using V = Vector<typename Policy::Element>;
   V w = Load<V>(weights + rotation * kLanes<Policy>);
   UNROLL for (int p = 0; p < pixels; p++) {
@@ -150,9 +148,9 @@ INLINE void AddRotated(typename Policy::Sum (&sums)[pixels][1],
 // pixel is loaded and rotated once, for all results that see it. Pixel i of the operand is seen by
 // result i - t through tap t.
 template <class Policy, int width, int rotation, int pixels, int taps>
-INLINE void SlideRotated(typename Policy::Sum (&sums)[pixels][1],
-                         const typename Policy::Element* operand, int64_t step,
-                         const typename Policy::Element* weights, int64_t weights_column) {
+INLINE void SlideRotation(typename Policy::Sum (&sums)[pixels][1],
+                          const typename Policy::Element* operand, int64_t step,
+                          const typename Policy::Element* weights, int64_t weights_column) {
   using V = Vector<typename Policy::Element>;
   constexpr int lanes = kLanes<Policy>;
   V w[taps];
@@ -167,24 +165,23 @@ INLINE void SlideRotated(typename Policy::Sum (&sums)[pixels][1],
   }
 }
 
-// Computes a row of results (kRotate). `taps` is the number of columns if the kernel slides, else
-// 0.
+// Computes a row of results (kRotate). If the kernel slides, it has `taps` columns; else taps is 0.
 template <class Policy, int width, int taps, int pixels, int... rotation>
-INLINE void CorrelateRotated(const RowArguments<Policy>& row,
-                             std::integer_sequence<int, rotation...>) {
+INLINE void CorrelateAllRotations(const RowArguments<Policy>& row,
+                                  std::integer_sequence<int, rotation...>) {
   typename Policy::Sum sums[pixels][1];
   UNROLL for (int p = 0; p < pixels; p++) sums[p][0] = typename Policy::Sum{};
   for (int64_t i = 0; i < row.rows; i++) {
     const auto* operand = row.operand + row.lines[i * row.line_gap];
     const auto* weights = row.weights + i * row.weights_row;
     if constexpr (taps > 0) {
-      (SlideRotated<Policy, width, rotation, pixels, taps>(sums, operand, row.step, weights,
-                                                           row.weights_column),
+      (SlideRotation<Policy, width, rotation, pixels, taps>(sums, operand, row.step, weights,
+                                                            row.weights_column),
        ...);
     } else {
       for (int64_t j = 0; j < row.columns; j++) {
-        (AddRotated<Policy, width, rotation, pixels>(sums, operand + j * row.column_gap, row.step,
-                                                     weights + j * row.weights_column),
+        (AddRotation<Policy, width, rotation, pixels>(sums, operand + j * row.column_gap, row.step,
+                                                      weights + j * row.weights_column),
          ...);
       }
     }
@@ -194,7 +191,8 @@ INLINE void CorrelateRotated(const RowArguments<Policy>& row,
 template <class Policy, int width, int taps, int pixels>
 void CorrelateRotations(const RowArguments<Policy>& row) {
   constexpr int rotations = width / (width > 1 ? Policy::pair : 1);
-  CorrelateRotated<Policy, width, taps, pixels>(row, std::make_integer_sequence<int, rotations>{});
+  CorrelateAllRotations<Policy, width, taps, pixels>(row,
+                                                     std::make_integer_sequence<int, rotations>{});
 }
 
 // The arguments of a kernel that multiplies the operand with the output's gradient and adds the sum
@@ -211,7 +209,7 @@ struct ProductArguments {
   int64_t column_step, column_gap;  // In packed elements.
   int64_t input_step;               // From input to input of a run; 1 for kBroadcast.
   int64_t other_row, other_column;  // In packed elements.
-  std::remove_reference_t<decltype(typename Policy::Sum{}[0])>* sums;
+  Number<Policy>* sums;
   int64_t sums_row, sums_column, sums_vector;
 };
 
@@ -255,15 +253,15 @@ void SumRuns(const ProductArguments<Policy>& p) {
 // Adds the products with the output's gradient, rotated within each group, for `taps` columns of
 // taps (kRotate). The output's gradient is rotated because all taps share it.
 template <class Policy, int width, int rotation, int taps>
-INLINE void SumRotated(typename Policy::Sum (&sums)[taps][width],
-                       Vector<typename Policy::Element> (&x)[taps],
-                       Vector<typename Policy::Element> y) {
+INLINE void SumRotation(typename Policy::Sum (&sums)[taps][width],
+                        Vector<typename Policy::Element> (&x)[taps],
+                        Vector<typename Policy::Element> y) {
   y = Rotated<width, rotation>(y);
   UNROLL for (int t = 0; t < taps; t++) Policy::MultiplyAdd(sums[t][rotation], x[t], y);
 }
 template <class Policy, int width, int taps, int... rotation>
-INLINE void SumRotatedProducts(const ProductArguments<Policy>& p,
-                               std::integer_sequence<int, rotation...>) {
+INLINE void SumAllRotations(const ProductArguments<Policy>& p,
+                            std::integer_sequence<int, rotation...>) {
   using V = Vector<typename Policy::Element>;
   using Sum = typename Policy::Sum;
   constexpr int lanes = kLanes<Policy>;
@@ -280,7 +278,7 @@ INLINE void SumRotatedProducts(const ProductArguments<Policy>& p,
       V x[taps];
       UNROLL for (int t = 0; t < taps; t++) x[t] = Load<V>(operand + t * p.column_gap);
       V y = Load<V>(other);
-      (SumRotated<Policy, width, rotation, taps>(sums, x, y), ...);
+      (SumRotation<Policy, width, rotation, taps>(sums, x, y), ...);
     }
   }
   UNROLL for (int t = 0; t < taps; t++) {
@@ -291,7 +289,7 @@ INLINE void SumRotatedProducts(const ProductArguments<Policy>& p,
 }
 template <class Policy, int width, int taps>
 void SumRotations(const ProductArguments<Policy>& p) {
-  SumRotatedProducts<Policy, width, taps>(p, std::make_integer_sequence<int, width>{});
+  SumAllRotations<Policy, width, taps>(p, std::make_integer_sequence<int, width>{});
 }
 
 }  // namespace INSTRUCTION_SET

@@ -1,11 +1,10 @@
-// The kernel's gradient: one task sums the products of one slice of the tiles, for the vectors of
-// one chunk.
+// The kernel's gradient: one task sums products over a slice of the tiles, for a chunk of vectors.
 #ifndef GROUPED_CONV_SUM_PRODUCTS_H_
 #define GROUPED_CONV_SUM_PRODUCTS_H_
 
 #include "job.h"
+#include "register_blocks.h"
 #include "register_kernels.h"
-#include "registers.h"
 #include "window.h"
 
 namespace grouped_conv {
@@ -14,7 +13,7 @@ namespace INSTRUCTION_SET {
 template <class Policy>
 using ProductsKernel = void (*)(const ProductArguments<Policy>&);
 
-// How many inputs of a run one kernel sums: those of a full vector, if it sums for one vector.
+// How many inputs of a run one kernel sums. 16 float32 inputs are a whole panel of kRotate.
 constexpr int MostInputs(int64_t vectors) {
   return vectors == 1 ? (kRegisters == 32 ? 16 : 12) : kMostSums / static_cast<int>(vectors);
 }
@@ -26,27 +25,16 @@ constexpr int kTapRows = 3, kInputsOfRows = kMostSums / 2 / kTapRows;
 // and of vectors (see register_kernels.h).
 
 template <class Policy, bool is_scalar, int tap_rows, int vectors, int... inputs>
-ProductsKernel<Policy> PickRunSums(int64_t count, std::integer_sequence<int, inputs...>) {
-  ProductsKernel<Policy> kernel = nullptr;
-  ((kernel =
-        count == inputs + 1 ? SumRuns<Policy, is_scalar, tap_rows, inputs + 1, vectors> : kernel),
-   ...);
-  return kernel;
+ProductsKernel<Policy> PickSums(int64_t count, std::integer_sequence<int, inputs...>) {
+  static constexpr ProductsKernel<Policy> kernels[] = {
+      SumRuns<Policy, is_scalar, tap_rows, inputs + 1, vectors>...};
+  return kernels[count - 1];
 }
 
 template <class Policy, bool is_scalar>
-ProductsKernel<Policy> PickRunSums(int64_t tap_rows, int64_t vectors, int64_t inputs) {
-  if (tap_rows == kTapRows) {
-    return PickRunSums<Policy, is_scalar, kTapRows, 1>(inputs, UpTo<kInputsOfRows>{});
-  }
-  if (vectors == 1) return PickRunSums<Policy, is_scalar, 1, 1>(inputs, UpTo<MostInputs(1)>{});
-  if constexpr (is_scalar) {
-    if (vectors == 2) return PickRunSums<Policy, true, 1, 2>(inputs, UpTo<MostInputs(2)>{});
-    if constexpr (kMostVectors == 3) {
-      return PickRunSums<Policy, true, 1, 3>(inputs, UpTo<MostInputs(3)>{});
-    }
-  }
-  return nullptr;
+ProductsKernel<Policy> PickSums(int64_t tap_rows, int64_t inputs) {
+  if (tap_rows == 1) return PickSums<Policy, is_scalar, 1, 1>(inputs, UpTo<MostInputs(1)>{});
+  return PickSums<Policy, is_scalar, kTapRows, 1>(inputs, UpTo<kInputsOfRows>{});
 }
 
 template <class Policy, int width>
@@ -61,18 +49,18 @@ ProductsKernel<Policy> PickRotatedSums(int64_t taps) {
 template <class Policy>
 ProductsKernel<Policy> PickProducts(const Job& job, int64_t tap_rows, int64_t taps, int64_t inputs,
                                     int64_t vectors) {
-  if (job.layout == Layout::kBroadcast) return PickRunSums<Policy, true>(tap_rows, vectors, inputs);
+  if (job.layout == Layout::kBroadcast) {
+    constexpr int most = kMostVectors;
+    if (vectors == 1) return PickSums<Policy, true>(tap_rows, inputs);
+    if (vectors == 2) return PickSums<Policy, true, 1, 2>(inputs, UpTo<MostInputs(2)>{});
+    return PickSums<Policy, true, 1, most>(inputs, UpTo<MostInputs(most)>{});
+  }
   if (job.layout == Layout::kSpread || job.outputs == 1) {
-    return PickRunSums<Policy, false>(tap_rows, vectors, inputs);
+    return PickSums<Policy, false>(tap_rows, inputs);
   }
-  switch (job.outputs) {
-    case 2:
-      return PickRotatedSums<Policy, 2>(taps);
-    case 4:
-      return PickRotatedSums<Policy, 4>(taps);
-    default:
-      return PickRotatedSums<Policy, 8>(taps);
-  }
+  if (job.outputs == 2) return PickRotatedSums<Policy, 2>(taps);
+  if (job.outputs == 4) return PickRotatedSums<Policy, 4>(taps);
+  return PickRotatedSums<Policy, 8>(taps);
 }
 
 // Returns whether both operands are read in place. Each kernel call reads them again for its few
@@ -162,15 +150,14 @@ template <class Policy>
 class ProductSummer {
  public:
   using Kernels = typename Policy::Kernels;
-  using Number = std::remove_reference_t<decltype(typename Policy::Sum{}[0])>;
 
   ProductSummer(const Job& job, int64_t slice, Span vectors)
       : job_(job),
         vectors_(vectors),
         rotates_(job.layout == Layout::kRotate && job.outputs > 1),
-        sums_(static_cast<Number*>(job.packed) + slice * job.vectors * job.vector_size()) {
+        sums_(static_cast<Number<Policy>*>(job.packed) + slice * job.vectors * job.vector_size()) {
     memset(sums_ + vectors.begin * job.vector_size(), 0,
-           vectors.size() * job.vector_size() * sizeof(Number));
+           vectors.size() * job.vector_size() * sizeof(*sums_));
   }
 
   // Adds the products of all taps of a phase with some rows of the output's gradient.
@@ -208,15 +195,15 @@ class ProductSummer {
         arguments_.lines = window.lines() + p.first + i * p.gap + inside.begin * p.step;
         arguments_.other = gradient.of(v) + inside.begin * gradient.row_size();
         const auto* operand = window.panel(v) + q.first * window.pixel_size();
-        Number* sums = sums_ + v * job_.vector_size() + phase.offset + i * arguments_.sums_row;
+        Number<Policy>* sums =
+            sums_ + v * job_.vector_size() + phase.offset + i * arguments_.sums_row;
         AddTapRows(operand, sums, tap_rows, tap_columns, run, together);
       }
     }
   }
 
  private:
-  // Returns which of the rows, counted from the first one, see a row inside the image through row
-  // `tap` of the taps.
+  // Returns which of the rows see a row inside the image through row `tap` of the taps.
   INLINE Span RowsInside(const Phase& p, Span rows, int64_t tap) const {
     const Axis& axis = job_.axes[0];
     int64_t first = p.first + tap * p.gap + rows.begin * p.step;
@@ -224,8 +211,8 @@ class ProductSummer {
   }
 
   // Adds the products of some rows of taps: all columns of taps and all inputs of a run.
-  INLINE void AddTapRows(const typename Policy::Element* operand, Number* sums, int64_t tap_rows,
-                         int64_t tap_columns, int64_t run, int64_t vectors) {
+  INLINE void AddTapRows(const typename Policy::Element* operand, Number<Policy>* sums,
+                         int64_t tap_rows, int64_t tap_columns, int64_t run, int64_t vectors) {
     for (int64_t j = 0, taps; j < tap_columns; j += taps) {
       taps = rotates_ && tap_columns - j >= 3 && job_.outputs * 4 <= kRegisters ? 3 : 1;
       for (int64_t k = 0, inputs; k < run; k += inputs) {
@@ -240,7 +227,7 @@ class ProductSummer {
   const Job& job_;
   Span vectors_;
   bool rotates_;
-  Number* sums_;
+  Number<Policy>* sums_;
   ProductArguments<Kernels> arguments_;
 };
 

@@ -1,5 +1,4 @@
-// The vectors and element types of one instruction set. Only this file knows how wide a register
-// is.
+// The vectors and element types of one instruction set. Only this file knows the size of registers.
 //
 // Each instruction set compiles this file, and all files that include it, in its own namespace
 // INSTRUCTION_SET. The linker therefore cannot confuse functions of two instruction sets. For the
@@ -185,6 +184,10 @@ struct Bfloat16Amx : Bfloat16Pair {
   static constexpr bool uses_amx = true;
 };
 #endif
+
+// The type of one sum.
+template <class Policy>
+using Number = std::remove_reference_t<decltype(typename Policy::Sum{}[0])>;
 
 template <class Policy>
 constexpr int kLanes = kVectorBytes / sizeof(typename Policy::Element);

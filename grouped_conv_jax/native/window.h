@@ -5,7 +5,7 @@
 #include "job.h"
 #include "packed_kernel.h"
 #include "packing.h"
-#include "registers.h"
+#include "register_blocks.h"
 #include "vectors.h"
 
 namespace grouped_conv {
@@ -51,8 +51,7 @@ bool IsCopy(const Job& job) {
          job.layout == Layout::kRotate && job.groups * job.inputs % kLanes<Policy> == 0;
 }
 
-// The rows of one image that some rows of results read, for the vectors of a chunk and some columns
-// of results.
+// The rows of one image that some results read, for the vectors of a chunk.
 //
 // They are packed as [rows, columns, panels, panel_size] in a ring buffer: row number i is in slot
 // i % window_rows, so that moving down packs only the new rows. With 3 taps and stride 1, the
@@ -187,9 +186,9 @@ INLINE ColumnParts SplitColumns(const Axis& axis, Span columns, bool has_middle,
   }
   if (middle.begin > columns.begin) middle.begin = Larger(middle.begin, columns.begin + edge);
   if (middle.end < columns.end) middle.end = Smaller(middle.end, columns.end - edge);
-  // The windows of both edges fit in the memory of one window for all columns only if the middle is
-  // as wide as the positions that one result reads: each edge packs that many positions for its
-  // own.
+  // There is memory for one window of all columns. The windows of edges of l and r columns take no
+  // more if the middle has m columns with m * step >= span:
+  //   (l - 1) * step + span + (r - 1) * step + span <= (l + m + r - 1) * step + span
   constexpr int kShortest = kMostSums / 2;
   bool is_long = middle.size() >= kShortest && middle.size() * axis.step >= axis.span;
   if (!is_long) middle = {columns.begin, columns.begin};

@@ -1,6 +1,6 @@
 // How many pixels and vectors of features the register kernels compute at once.
-#ifndef GROUPED_CONV_REGISTERS_H_
-#define GROUPED_CONV_REGISTERS_H_
+#ifndef GROUPED_CONV_REGISTER_BLOCKS_H_
+#define GROUPED_CONV_REGISTER_BLOCKS_H_
 
 #include "job.h"
 #include "packing.h"
@@ -37,4 +37,4 @@ using UpTo = std::make_integer_sequence<int, most>;
 }  // namespace INSTRUCTION_SET
 }  // namespace grouped_conv
 
-#endif  // GROUPED_CONV_REGISTERS_H_
+#endif  // GROUPED_CONV_REGISTER_BLOCKS_H_
