@@ -49,12 +49,13 @@ inline const KernelTable* BestKernels(const Request& r, ElementType type) {
     const KernelTable* amx = KernelsFor(ElementType::kBfloat16Amx);
     if (amx && fits_amx) return amx;
     // Pairs of inputs, or of pixels for the kernel's gradient, must be complete: a zero in place of
-    // a missing number would be multiplied with a number that may be infinite. A depthwise kernel's
-    // gradient would gain nothing.
+    // a missing number would be multiplied with a number that may be infinite. Depthwise
+    // convolutions do not use pairs.
     const Dimension& columns = r.dimensions[1];
-    bool has_pairs = is_sum
-                         ? r.inputs * r.outputs > 1 && columns.gaps == 1 && columns.results % 2 == 0
-                         : r.inputs % 2 == 0;
+    bool has_pairs = r.inputs % 2 == 0;
+    if (is_sum) {
+      has_pairs = r.inputs * r.outputs > 1 && columns.gaps == 1 && columns.results % 2 == 0;
+    }
     const KernelTable* pairs = KernelsFor(ElementType::kBfloat16Pair);
     if (pairs && has_pairs) return pairs;
   }

@@ -3,7 +3,6 @@
 #include <exception>
 #include <new>
 #include <string>
-#include <utility>
 
 #include "compute.h"
 #include "instruction_sets.h"
@@ -17,18 +16,6 @@ namespace {
 
 ffi::Error Invalid(const std::string& what) {
   return ffi::Error::InvalidArgument("grouped_conv_jax: " + what);
-}
-
-bool TypeOf(const ffi::AnyBuffer& buffer, ElementType* type) {
-  constexpr std::pair<ffi::DataType, ElementType> types[] = {
-      {ffi::DataType::F32, ElementType::kFloat32},
-      {ffi::DataType::F64, ElementType::kFloat64},
-      {ffi::DataType::BF16, ElementType::kBfloat16}};
-  for (auto [theirs, ours] : types) {
-    *type = ours;
-    if (buffer.element_type() == theirs) return true;
-  }
-  return false;
 }
 
 // The sizes of the three arrays, in the roles that they have in a `Request`: `results` is the
@@ -69,10 +56,11 @@ std::string MakeRequest(Contraction contraction, const Shapes& shapes, int64_t g
 ffi::Error CheckAndCompute(Contraction contraction, ffi::ThreadPool pool, ffi::AnyBuffer first,
                            ffi::AnyBuffer second, ffi::Result<ffi::AnyBuffer> result,
                            int64_t groups, ffi::Span<const int64_t> numbers) {
-  ElementType type;
-  if (!TypeOf(first, &type)) return Invalid("unsupported type of elements");
-  if (second.element_type() != first.element_type() ||
-      result->element_type() != first.element_type()) {
+  ffi::DataType type = first.element_type();
+  if (type != ffi::F32 && type != ffi::F64 && type != ffi::BF16) {
+    return Invalid("unsupported type of elements");
+  }
+  if (second.element_type() != type || result->element_type() != type) {
     return Invalid("the arrays are of several types");
   }
   bool is_sum = contraction == Contraction::kWgrad;
@@ -83,8 +71,11 @@ ffi::Error CheckAndCompute(Contraction contraction, ffi::ThreadPool pool, ffi::A
   std::string wrong = MakeRequest(contraction, shapes, groups, numbers, &request);
   if (wrong.empty()) wrong = Check(request);
   if (!wrong.empty()) return Invalid(wrong);
-  Compute(request, type, pool, first.untyped_data(), second.untyped_data(), result->untyped_data(),
-          static_cast<int64_t>(result->size_bytes()));
+  ElementType element = type == ffi::F32   ? ElementType::kFloat32
+                        : type == ffi::F64 ? ElementType::kFloat64
+                                           : ElementType::kBfloat16;
+  Compute(request, element, pool, first.untyped_data(), second.untyped_data(),
+          result->untyped_data(), static_cast<int64_t>(result->size_bytes()));
   return ffi::Error::Success();
 }
 
