@@ -186,6 +186,7 @@ INLINE void CopyElements(typename Policy::Element* to, const typename Policy::St
   }
 }
 
+// Packs the parts of one row; `Pack` packs a panel.
 template <class Policy, class Pack>
 class RowPacker {
  public:
@@ -212,6 +213,7 @@ class RowPacker {
   INLINE void PackInside(const Stored* from, Span inside) const {
     const int64_t step = columns_.step * panels_.all_features;
     if constexpr (Pack::copies && Policy::pair == 1) {
+      // Full panels follow each other in the image as well, and so do whole pixels perhaps.
       if (panels_.features == row_.panel_size && full_ == panels_.count) {
         const int64_t size = full_ * row_.panel_size;
         if (columns_.step == 1 && row_.pixel_size == panels_.all_features &&
