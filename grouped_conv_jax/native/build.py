@@ -41,7 +41,7 @@ BASELINE = ("-march=x86-64",)
 INSTRUCTION_SETS = {
     "avx512": (*BASELINE, *AVX512),
     "avx512_bf16": (*BASELINE, *AVX512, "-mavx512bf16", "-DGROUPED_CONV_PAIRS"),
-    "amx_bf16": (*BASELINE, *AVX512, "-mamx-tile", "-mamx-bf16", "-DGROUPED_CONV_TILES"),
+    "amx_bf16": (*BASELINE, *AVX512, "-mamx-tile", "-mamx-bf16", "-DGROUPED_CONV_AMX"),
     "avx2": (*BASELINE, "-mavx2", "-mfma"),
     "portable": BASELINE,
 }
@@ -137,11 +137,13 @@ def kernels(folder: Path) -> list[Unit]:
     flags = (*BASELINE, "-DGROUPED_CONV_X86") if is_x86 else ()
     return [
         *(
-            Unit(folder / "isa.cc", name, (f"-DINSTRUCTION_SET={name}", *more))
+            Unit(folder / "kernel_table.cc", name, (f"-DINSTRUCTION_SET={name}", *more))
             for name, more in sets.items()
         ),
-        Unit(folder / "plan.cc", "plan", flags),
-        Unit(folder / "engines.cc", "engines", flags),
+        *(
+            Unit(folder / f"{name}.cc", name, flags)
+            for name in ("phases", "plan", "instruction_sets")
+        ),
     ]
 
 

@@ -1,35 +1,40 @@
-// Output or gradient of the input: one task, and the kernels that it picks.
+// The output and the input's gradient: one task computes the results of all phases in one tile, for
+// the vectors of one chunk.
 #ifndef GROUPED_CONV_CORRELATE_H_
 #define GROUPED_CONV_CORRELATE_H_
 
-#include "blocks.h"
+#include "amx.h"
 #include "job.h"
-#include "kernels.h"
-#include "tiles.h"
+#include "register_blocks.h"
+#include "register_kernels.h"
 #include "window.h"
 
 namespace grouped_conv {
 namespace INSTRUCTION_SET {
 
 template <class Policy>
-using RowKernel = void (*)(const Row<Policy>&);
+using RowKernel = void (*)(const RowArguments<Policy>&);
+
+// The functions below pick the register kernel for a number of results (rows), vectors and pixels.
+// `slide` is the number of columns of taps if neighboring columns see neighboring pixels, or 0.
+
 template <class Policy, bool is_scalar, int results, int vectors, int... pixels>
 RowKernel<Policy> PickRuns(int64_t count, std::integer_sequence<int, pixels...>) {
-  RowKernel<Policy> kernel = nullptr;
-  ((kernel = count == pixels + 1 ? RowOfRuns<Policy, is_scalar, results, pixels + 1, vectors>
-                                 : kernel),
-   ...);
-  return kernel;
+  static constexpr RowKernel<Policy> kernels[] = {
+      CorrelateRuns<Policy, is_scalar, results, pixels + 1, vectors>...};
+  return kernels[count - 1];
 }
+
 template <class Policy, int width, int taps, int... pixels>
 RowKernel<Policy> PickRotations(int64_t count, std::integer_sequence<int, pixels...>) {
-  RowKernel<Policy> kernel = nullptr;
-  ((kernel = count == pixels + 1 ? RowOfRotations<Policy, width, taps, pixels + 1> : kernel),
-   ...);
-  return kernel;
+  static constexpr RowKernel<Policy> kernels[] = {
+      CorrelateRotations<Policy, width, taps, pixels + 1>...};
+  return kernels[count - 1];
 }
+
+// Kernels of 3 columns slide along the row (see `SlideRotation`); depthwise ones also of 5 and 7.
 template <class Policy, int width>
-RowKernel<Policy> PickRotation(int64_t slide, int64_t count) {
+RowKernel<Policy> PickRotations(int64_t slide, int64_t count) {
   using Pixels = UpTo<MostPixels(1)>;
   if constexpr (width * 2 <= kLanes<Policy>) {
     if (slide == 3) return PickRotations<Policy, width, 3>(count, Pixels{});
@@ -41,176 +46,219 @@ RowKernel<Policy> PickRotation(int64_t slide, int64_t count) {
   }
   return nullptr;
 }
-constexpr bool Slides(int64_t width, int64_t taps) {
-  return taps == 3 || (width == 1 && (taps == 5 || taps == 7));
-}
+
 template <class Policy>
 RowKernel<Policy> PickRow(const Job& job, int64_t results, int64_t vectors, int64_t slide,
                           int64_t count) {
-  if (job.mode == Mode::kSpread) {
+  if (job.layout == Layout::kSpread) {
     return PickRuns<Policy, false, 1, 1>(count, UpTo<MostPixels(1)>{});
   }
-  if (job.mode == Mode::kBroadcast) {
+  if (job.layout == Layout::kBroadcast) {
+    constexpr int most = kMostVectors;
     if (results == 2) {
       if (vectors == 1) return PickRuns<Policy, true, 2, 1>(count, UpTo<kMostSums / 2>{});
       return PickRuns<Policy, true, 2, 2>(count, UpTo<kMostSums / 4>{});
     }
     if (vectors == 1) return PickRuns<Policy, true, 1, 1>(count, UpTo<MostPixels(1)>{});
     if (vectors == 2) return PickRuns<Policy, true, 1, 2>(count, UpTo<MostPixels(2)>{});
-    if constexpr (kMostVectors == 3) {
-      return PickRuns<Policy, true, 1, 3>(count, UpTo<MostPixels(3)>{});
+    return PickRuns<Policy, true, 1, most>(count, UpTo<MostPixels(most)>{});
+  }
+  if (job.outputs == 1) return PickRotations<Policy, 1>(slide, count);
+  if (job.outputs == 2) return PickRotations<Policy, 2>(slide, count);
+  if (job.outputs == 4) return PickRotations<Policy, 4>(slide, count);
+  return PickRotations<Policy, 8>(slide, count);
+}
+
+template <class Policy>
+void (*PickAmx(int64_t blocks, int64_t vectors))(const AmxArguments<Policy>&) {
+  if (blocks == 2) return vectors == 2 ? CorrelateAmx<Policy, 2, 2> : CorrelateAmx<Policy, 2, 1>;
+  return vectors == 2 ? CorrelateAmx<Policy, 1, 2> : CorrelateAmx<Policy, 1, 1>;
+}
+
+// Computes rows of results of one image.
+template <class Policy>
+class Correlator {
+ public:
+  using Stored = typename Policy::Stored;
+  using Element = typename Policy::Element;
+
+  Correlator(const Job& job, int64_t image, Span vectors)
+      : job_(job), vectors_(vectors), pixel_(job.groups * job.outputs) {
+    row_ = job.axes[1].results * pixel_;
+    image_ = static_cast<Stored*>(job.result) + image * job.axes[0].results * row_;
+  }
+
+  // Computes one row of results of a phase, or two. The window begins with the rows that the first
+  // one reads. Two rows share the kernel calls if they see the same taps.
+  INLINE void ComputeRows(const Window<Policy>& window, const Phase2d& phase, Span rows,
+                          Span columns) {
+    for (int64_t j = rows.begin, size; j < rows.end; j += size) {
+      size = rows.end - j;
+      Span taps = TapsInside(phase, j);
+      if (size == 2) {
+        Span next = TapsInside(phase, j + 1);
+        if (taps.begin != next.begin || taps.end != next.end) size = 1;
+      }
+      const int64_t* lines = window.lines() + (j - rows.begin) * phase.rows.step;
+      ComputeRow(window, lines, phase, {j, j + size}, taps, columns);
     }
   }
-  switch (job.outputs) {
-    case 1: return PickRotation<Policy, 1>(slide, count);
-    case 2: return PickRotation<Policy, 2>(slide, count);
-    case 4: return PickRotation<Policy, 4>(slide, count);
-    default: return PickRotation<Policy, 8>(slide, count);
-  }
-}
 
-template <class Policy>
-void (*PickTiles(int64_t blocks, int64_t vectors))(const TileRow<Policy>&) {
-  if (blocks == 2) return vectors == 2 ? RowOfTiles<Policy, 2, 2> : RowOfTiles<Policy, 2, 1>;
-  return vectors == 2 ? RowOfTiles<Policy, 1, 2> : RowOfTiles<Policy, 1, 1>;
-}
-
-// Output or gradient of the input: the results of all phases in a tile.
-template <class Policy>
-void Correlate(const Job& job, int64_t number, void* scratch) {
-  using Element = typename Policy::Element;
-  constexpr int64_t lanes = kLanes<Policy>;
-  const Axis &row_axis = job.axes[0], &column_axis = job.axes[1];
-  int64_t tiles = row_axis.tiles * column_axis.tiles;
-  int64_t others = job.batch * tiles;
-  int64_t chunk = job.chunks_first ? number / others : number % job.chunks;
-  int64_t place = job.chunks_first ? number % others : number / job.chunks;
-  int64_t image = place / tiles;
-  int64_t row_tile = place % tiles / column_axis.tiles, column_tile = place % column_axis.tiles;
-  Span vectors = Chunk(job, chunk);
-  int64_t all_outputs = job.groups * job.outputs;
-  auto* result = static_cast<typename Policy::Stored*>(job.result) +
-                 image * row_axis.results * column_axis.results * all_outputs;
-  const auto* weights = static_cast<const Element*>(job.packed);
-  Span all_rows = SpanOf(row_axis, row_axis.phases[0], row_tile);
-  Span all_columns = SpanOf(column_axis, column_axis.phases[0], column_tile);
-  char* memory = static_cast<char*>(scratch);
-  Span parts[3];
-  SplitColumns(column_axis, all_columns, ReadsInPlace<Policy>(job), kEdge, parts);
-  Window<Policy> windows[3] = {{job, image, vectors, parts[0], false, 0, &memory},
-                               {job, image, vectors, parts[1], true, 0, &memory},
-                               {job, image, vectors, parts[2], false, 0, &memory}};
-
-  [[maybe_unused]] TileShapes shapes;
-  // The taps that row `j` of the results of a phase sees: rows of zeros need no multiplications.
-  auto taps_of = [&](const Phase& p, const Phase& q, int64_t j) {
-    return Inside(row_axis.low + (p.first + j * p.step) * row_axis.grain, p.gap * row_axis.grain,
-                  q.taps ? p.taps : 0, row_axis.operand);
+ private:
+  // One or two rows of results of a phase, which kernel calls compute block by block.
+  struct RowOfBlocks {
+    RowArguments<Policy> arguments;  // `MoveTo` sets what differs from block to block.
+    const Window<Policy>& window;
+    const Element* weights;
+    Stored* result;
+    int64_t first_column;  // The first column that the first result reads, in elements.
+    int64_t results, columns, slide;
   };
-  // That row, or two from there on that see the same taps, as far as they are in `columns`;
-  // the window begins with what row `window_at` reads.
-  auto correlate = [&](const Window<Policy>& window, Span columns, int64_t j, int64_t window_at,
-                       int64_t results, const Phase& p, const Phase& q, int64_t offset) {
-    Row<Policy> row;
-    Span taps = taps_of(p, q, j);
-    row.next_line = p.step;
-    row.next_result = p.period * column_axis.results * all_outputs;
-    row.lines = window.lines + (j - window_at) * p.step + p.first + taps.begin * p.gap;
+
+  // Returns the rows of taps that row `j` of the results sees inside the image. The others see
+  // zeros and need no multiplications.
+  INLINE Span TapsInside(const Phase2d& phase, int64_t j) const {
+    const Axis& axis = job_.axes[0];
+    const Phase& p = phase.rows;
+    return Inside(axis.low + (p.first + j * p.step) * axis.grain, p.gap * axis.grain,
+                  phase.columns.taps ? p.taps : 0, axis.operand);
+  }
+
+  // `lines` are those of the window from the rows on that the first row of results reads.
+  void ComputeRow(const Window<Policy>& window, const int64_t* lines, const Phase2d& phase,
+                  Span rows, Span taps, Span columns) {
+    const Phase &p = phase.rows, &q = phase.columns;
+    RowArguments<Policy> row;
+    row.next_line = rows.size() == 2 ? p.step : 0;
+    row.next_result = p.period * row_;
+    row.lines = lines + p.first + taps.begin * p.gap;
     row.line_gap = p.gap;
     row.rows = taps.size();
     row.columns = q.taps;
-    row.run = job.terms;
-    row.column_gap = q.gap * window.pixel();
-    row.step = q.step * window.pixel();
-    row.weights_row = q.taps * job.terms * lanes;
-    row.weights_column = job.terms * lanes;
-    row.weights_vector = job.vector_size();
-    row.result_step = q.period * all_outputs;
-    if (job.mode != Mode::kRotate && row.column_gap == job.unit) {
-      row.run *= row.columns;  // Neighbours: one run.
+    row.run = job_.terms;
+    row.column_gap = q.gap * window.pixel_size();
+    row.step = q.step * window.pixel_size();
+    row.weights_column = job_.terms * kLanes<Policy>;
+    row.weights_row = q.taps * row.weights_column;
+    row.weights_vector = job_.vector_size();
+    row.result_step = q.period * pixel_;
+    if (job_.layout != Layout::kRotate && row.column_gap == job_.panel_size) {
+      // The window's pixels follow each other without gaps, and so do the inputs of all columns of
+      // taps: a 3x3 kernel of 4 inputs has runs of 12.
+      row.run *= row.columns;
       row.columns = 1;
     }
-    bool slides = q.step == 1 && q.gap == 1;
-    int64_t slide = slides && Slides(job.outputs, q.taps) ? q.taps : 0;
-    auto* line = result + (p.residue + j * p.period) * column_axis.results * all_outputs;
-    // From the results of some vectors from column `c` on.
-    auto move_to = [&](int64_t v, int64_t together, int64_t c) {
-      row.weights = weights + v * job.vector_size() + offset + taps.begin * row.weights_row;
-      row.lanes = static_cast<int32_t>(job.valid_lanes(v + together - 1));
-      row.operand = window.of(v) + q.first * window.pixel() + c * row.step;
-      row.result = line + (q.residue + (columns.begin + c) * q.period) * all_outputs +
-                   job.first_output(v);
-    };
-    if constexpr (Policy::is_tiled) {
-      if (results == 1) row.next_line = 0;
-      for (int64_t v = vectors.begin, together; v < vectors.end; v += together) {
-        together = Together<Policy>(job, vectors, v);
-        TileRow<Policy> tiles{};
-        tiles.depth = TileDepth(row.run);
-        // Two blocks of a row, or one of each of two rows.
-        for (int64_t c = 0, size; c < columns.size(); c += size) {
-          int64_t left = columns.size() - c;
-          size = tiles.first = Blocks(left, Blocks(left, kTileRows));
-          if (results == 2) {
-            tiles.second = tiles.first;
-            tiles.next_result = row.next_result;
-          } else {
-            tiles.second = Smaller(left - tiles.first, tiles.first);
-            tiles.next_pixel = tiles.first * row.step;
-            tiles.next_result = tiles.first * row.result_step;
-            size += tiles.second;
-          }
-          move_to(v, together, c);
-          tiles.row = row;
-          shapes.Set(tiles.first, tiles.second > 0 ? tiles.second : 1, tiles.depth);
-          PickTiles<Policy>(tiles.second > 0 ? 2 : 1, together)(tiles);
-        }
-      }
+    RowOfBlocks blocks{
+        row,
+        window,
+        static_cast<const Element*>(job_.packed) + phase.offset + taps.begin * row.weights_row,
+        image_ + (p.residue + rows.begin * p.period) * row_ +
+            (q.residue + columns.begin * q.period) * pixel_,
+        q.first * window.pixel_size(),
+        rows.size(),
+        columns.size(),
+        q.step == 1 && q.gap == 1 ? q.taps : 0};
+    if constexpr (Policy::uses_amx) {
+      ComputeByAmx(blocks);
+    } else if (job_.layout == Layout::kBroadcast) {
+      ComputeByVectors(blocks);
     } else {
-      auto compute = [&](int64_t v, int64_t together, int64_t c, int64_t count) {
-        move_to(v, together, c);
-        PickRow<Policy>(job, results, together, slide, count)(row);
-      };
-      if (job.mode == Mode::kBroadcast) {
-        // The weights are more than the pixels: each is used for the whole row.
-        for (int64_t v = vectors.begin, together; v < vectors.end; v += together) {
-          together = Together<Policy>(job, vectors, v);
-          for (int64_t c = 0, size; c < columns.size(); c += size) {
-            int64_t left = columns.size() - c;
-            size = Blocks(left, Blocks(left, MostPixels(together)));
-            compute(v, together, c, size);
-          }
-        }
-      } else {
-        // Pixels outside, features inside: that is the order in memory.
-        for (int64_t c = 0, size; c < columns.size(); c += size) {
-          int64_t left = columns.size() - c;
-          size = Blocks(left, Blocks(left, MostPixels(1)));
-          for (int64_t v = vectors.begin; v < vectors.end; v++) compute(v, 1, c, size);
-        }
-      }
-    }
-  };
-  for (int64_t j = all_rows.begin; j < all_rows.end; j += job.rows_at_once) {
-    for (int i = 0; i < 3; i++) {
-      if (parts[i].size() <= 0) continue;
-      windows[i].MoveTo(j);
-      EachPhase(job, [&](const Phase& p, const Phase& q, int64_t offset) {
-        Span columns{parts[i].begin, Smaller(parts[i].end, q.count)};
-        Span rows{j, Smaller(Smaller(j + job.rows_at_once, all_rows.end), p.count)};
-        if (rows.size() <= 0 || columns.size() <= 0) return;
-        bool are_alike = true;
-        if (rows.size() == 2) {
-          Span first = taps_of(p, q, j), second = taps_of(p, q, j + 1);
-          are_alike = first.begin == second.begin && first.end == second.end;
-        }
-        int64_t together = are_alike ? rows.size() : 1;
-        for (int64_t r = rows.begin; r < rows.end; r += together) {
-          correlate(windows[i], columns, r, j, together, p, q, offset);
-        }
-      });
+      ComputeByColumns(blocks);
     }
   }
+
+  // Moves to the block of the vectors v to v + together - 1 that begins at column `c`.
+  INLINE void MoveTo(RowOfBlocks& blocks, int64_t v, int64_t together, int64_t c) const {
+    RowArguments<Policy>& row = blocks.arguments;
+    row.weights = blocks.weights + v * job_.vector_size();
+    row.lanes = static_cast<int32_t>(job_.valid_lanes(v + together - 1));
+    row.operand = blocks.window.panel(v) + blocks.first_column + c * row.step;
+    row.result = blocks.result + c * row.result_step + job_.first_output(v);
+  }
+
+  INLINE void ComputeBlock(RowOfBlocks& blocks, int64_t v, int64_t together, int64_t c,
+                           int64_t size) const {
+    MoveTo(blocks, v, together, c);
+    PickRow<Policy>(job_, blocks.results, together, blocks.slide, size)(blocks.arguments);
+  }
+
+  // The weights of wide groups are more than the pixels, so each vector of weights is used for the
+  // whole row before the next one.
+  INLINE void ComputeByVectors(RowOfBlocks& blocks) const {
+    for (int64_t v = vectors_.begin, together; v < vectors_.end; v += together) {
+      together = Together<Policy>(job_, vectors_, v);
+      for (int64_t c = 0, size; c < blocks.columns; c += size) {
+        size = Balanced(blocks.columns - c, MostPixels(together));
+        ComputeBlock(blocks, v, together, c, size);
+      }
+    }
+  }
+
+  // Narrow groups have few weights, so the loops follow the order of the pixels in memory.
+  INLINE void ComputeByColumns(RowOfBlocks& blocks) const {
+    for (int64_t c = 0, size; c < blocks.columns; c += size) {
+      size = Balanced(blocks.columns - c, MostPixels(1));
+      for (int64_t v = vectors_.begin; v < vectors_.end; v++) ComputeBlock(blocks, v, 1, c, size);
+    }
+  }
+
+  // A kernel call computes two blocks of up to 16 pixels, both of one row or one of each row.
+  INLINE void ComputeByAmx(RowOfBlocks& blocks) {
+    const RowArguments<Policy>& row = blocks.arguments;
+    for (int64_t v = vectors_.begin, together; v < vectors_.end; v += together) {
+      together = Together<Policy>(job_, vectors_, v);
+      AmxArguments<Policy> amx{};
+      amx.depth = AmxDepth(row.run);
+      for (int64_t c = 0, size; c < blocks.columns; c += size) {
+        int64_t left = blocks.columns - c;
+        size = amx.first = Balanced(left, kAmxRows);
+        if (blocks.results == 2) {
+          amx.second = amx.first;
+          amx.next_result = row.next_result;
+        } else {
+          amx.second = Smaller(left - amx.first, amx.first);
+          amx.next_pixel = amx.first * row.step;
+          amx.next_result = amx.first * row.result_step;
+          size += amx.second;
+        }
+        MoveTo(blocks, v, together, c);
+        amx.row = row;
+        shapes_.Set(amx.first, amx.second > 0 ? amx.second : 1, amx.depth);
+        PickAmx<Policy>(amx.second > 0 ? 2 : 1, together)(amx);
+      }
+    }
+  }
+
+  const Job& job_;
+  Span vectors_;
+  int64_t pixel_, row_;  // Elements from pixel to pixel and from row to row of the result.
+  Stored* image_;
+  AmxShapes shapes_;
+};
+
+// Returns whether the operand is read in place. If each element is used more often than this, the
+// time for a packed copy pays off, because the copy lies closer together.
+template <class Policy>
+bool ReadsInPlace(const Job& job) {
+  constexpr int64_t kMostUses = 40;
+  return IsCopy<Policy>(job) &&
+         job.taps * job.terms <= kMostUses * job.axes[0].step * job.axes[1].step;
+}
+
+// Computes task `number`: the results of one tile, for the vectors of one chunk.
+template <class Policy>
+void Correlate(const Job& job, int64_t number, void* scratch) {
+  int64_t tiles = job.batch * job.axes[0].tiles * job.axes[1].tiles;
+  int64_t chunk = job.chunks_first ? number / tiles : number % job.chunks;
+  Tile tile = TileAt(job, job.chunks_first ? number % tiles : number / job.chunks);
+  Span vectors = ChunkSpan(job, chunk);
+  char* memory = static_cast<char*>(scratch);
+  ColumnParts parts =
+      SplitColumns(job.axes[1], tile.columns, ReadsInPlace<Policy>(job), kMostSums / 4);
+  Windows<Policy> windows(job, tile, vectors, parts, 0, &memory);
+  Correlator<Policy> correlator(job, tile.image, vectors);
+  windows.MoveDown([&](const Window<Policy>& window, const Phase2d& phase, Span rows, Span columns)
+                       INLINE_LAMBDA { correlator.ComputeRows(window, phase, rows, columns); });
 }
 
 }  // namespace INSTRUCTION_SET

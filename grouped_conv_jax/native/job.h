@@ -1,112 +1,136 @@
-// What one call computes, and how it is cut up: plain numbers, made by plan.cc, checked there, and
-// read by the engines of all instruction sets.
+// The plan of one call in plain numbers: what is computed, and how the work is divided into tiles,
+// chunks and vectors. plan.cc fills it in, and the code of every instruction set reads it.
 //
-// Two spatial dimensions; one is one row. Arrays are (batch, rows, columns, features), kernels
-// (rows, columns, features of a group that are summed, features of the result).
+// Every call has two spatial dimensions, "rows" and "columns"; a 1-D convolution has one row.
+// Arrays are (batch, rows, columns, features). Kernels are (rows, columns, features, features): the
+// inputs of a group and the outputs of all groups of the forward convolution.
 #ifndef GROUPED_CONV_JOB_H_
 #define GROUPED_CONV_JOB_H_
 
 #include <cstdint>
 
-// In each instruction set by itself: a function of one is not taken for that of another.
-#define ALWAYS_INLINE inline __attribute__((always_inline))
+// The code of several instruction sets shares the functions of this file. They are always inlined:
+// if the linker had to pick one of several copies, it might pick AVX-512 code for an older CPU.
+#define INLINE inline __attribute__((always_inline))
 
 namespace grouped_conv {
 
-// Packed arrays begin with a cache line.
+// Packed arrays begin at a cache line.
 constexpr int64_t kAlignment = 64;
 
-// Along one dimension: the results residue, residue + period, ... (`count` of them), which see the
-// same taps of the kernel: tap, tap + tap_step, ... (`taps` of them).
+// The number of blocks of size `block` that cover `size` elements.
+INLINE int64_t CeilDiv(int64_t size, int64_t block) { return (size + block - 1) / block; }
+
+// The size of equal blocks of at most `most` elements. 10 elements in blocks of at most 4 are three
+// blocks, so each has 4, 4 and 2; in blocks of at most 6 they are two blocks of 5.
+INLINE int64_t Balanced(int64_t size, int64_t most) { return CeilDiv(size, CeilDiv(size, most)); }
+
+INLINE int64_t Aligned(int64_t bytes) { return CeilDiv(bytes, kAlignment) * kAlignment; }
+
+// The results residue, residue + period, ... (`count` of them) along one dimension. All of them see
+// the same taps of the kernel: tap, tap + tap_step, ... (`taps` of them).
 //
-// The operand is read, and packed, at the positions low, low + grain, ... only (see `Axis`); in
-// these, the j-th result reads through the i-th tap number first + i * gap + j * step. All are
-// positive or zero; positions outside of the operand count as zeros.
+// Example: the input's gradient for stride 2, three taps and padding 1 has two phases. The even
+// results q = 2j see tap 1 at element j of the output's gradient. The odd results q = 2j + 1 see
+// tap 2 at element j and tap 0 at element j + 1.
+//
+// The fields first, gap and step count packed positions (see `Axis`): result j reads through its
+// tap number i the position first + i * gap + j * step. All three are zero or positive.
 struct Phase {
   int64_t residue, period, count;
   int64_t taps, tap, tap_step;
   int64_t first, gap, step;
 };
 
-// How groups lie in vectors.
-enum class Mode {
-  // Several groups in a vector, as many inputs as outputs, a power of two. A vector of inputs is
-  // turned within each group, once for each input:
-  //   inputs  a0 a1 a2 a3 | b0 b1 b2 b3      turned by 1  a1 a2 a3 a0 | b1 b2 b3 b0
-  //   sums    A0 A1 A2 A3 | B0 B1 B2 B3  +=  that times the weights (a1 -> A0) (a2 -> A1) ...
+// One spatial dimension. Only the positions low, low + grain, low + 2 * grain, ... of the operand
+// are read and packed; positions outside the operand count as zeros.
+//
+// Example: stride 4, three taps with dilation 2 and padding 1 read the elements 4q - 1, 4q + 1 and
+// 4q + 3. So low is -1 and grain is 2; in packed positions step is 2, gap is 1 and span is 3.
+struct Axis {
+  int64_t operand, results;  // Sizes.
+  const Phase* phases;       // The phase with the most results comes first.
+  int64_t phase_count;
+  int64_t low, grain;
+  int64_t span;         // Positions that result j of all phases together reads.
+  int64_t step;         // Positions from result j to j + 1, in every phase.
+  int64_t tile, tiles;  // Results of the largest phase in a tile, and the number of tiles.
+
+  // Returns how many positions `results` neighboring results of each phase read.
+  INLINE int64_t positions(int64_t results) const { return (results - 1) * step + span; }
+};
+
+// How the features of groups lie in the lanes of vectors.
+enum class Layout {
+  // A vector holds several groups with as many inputs as outputs, a power of two. The vector of
+  // inputs is rotated within each group, once for each input:
+  //   inputs  a0 a1 a2 a3 | b0 b1 b2 b3      rotated by 1  a1 a2 a3 a0 | b1 b2 b3 b0
+  //   sums    A0 A1 A2 A3 | B0 B1 B2 B3  +=  rotated inputs * weights (a1 -> A0) (a2 -> A1) ...
   kRotate,
-  // Several groups in a vector, any number of inputs: packed as one vector for each input,
+  // A vector holds several groups with any number of inputs. Each input is packed once per output:
   //   inputs  a0 a0 a0 | b0 b0 b0,  a1 a1 a1 | b1 b1 b1      sums  A0 A1 A2 | B0 B1 B2
   kSpread,
-  // One group in one or more vectors; each input is broadcast to all lanes.
+  // One group has one or more vectors; each input is broadcast to all lanes.
   kBroadcast,
 };
 
-struct Axis {
-  int64_t operand, results;
-  const Phase* phases;  // The largest first.
-  int64_t phase_count;
-  int64_t low, grain;   // What is read of the operand.
-  int64_t span;         // Positions that one result of each phase reads together.
-  int64_t step;         // From result to result: that of all phases.
-  int64_t tile, tiles;  // Results of the largest phase in a tile, and tiles.
-
-  // How many positions the results of a tile read.
-  ALWAYS_INLINE int64_t positions(int64_t results) const { return (results - 1) * step + span; }
-};
-
 struct Job {
-  int64_t batch, groups, inputs, outputs;  // The features are those of one group.
+  // `inputs` and `outputs` are features per group: those of the operand, which are summed over, and
+  // those of the other end of the convolution. The input's gradient exchanges the two.
+  int64_t batch, groups, inputs, outputs;
   Axis axes[2];
 
-  // Distances in the kernel of the caller: from tap to tap along both axes, and from feature to
-  // feature. What is summed over are the inputs, also in the gradient of the input.
+  // Strides in the caller's kernel: from tap to tap along both axes, and from feature to feature.
   int64_t tap_strides[2], input_stride, group_stride, output_stride;
 
-  // Blocks.
-  Mode mode;
-  int64_t lanes;            // Sums in a vector.
-  int64_t vectors;          // Of outputs, in all.
-  int64_t groups_in_vector; // kRotate, kSpread; 1 otherwise.
-  int64_t vectors_in_group; // kBroadcast; 1 otherwise.
-  int64_t terms;            // Vectors of weights for a tap: the inputs, or pairs of them.
-  int64_t unit;             // Packed elements of a pixel, for a source (see `sources`).
-  int64_t taps;             // That any phase sees.
-  int64_t chunk, chunks;    // Vectors that are computed together, and how many times that is.
-  bool chunks_first;        // Chunks in the outermost loop, since the weights of all are large.
+  Layout layout;
+  int64_t lanes;             // Sums in a vector.
+  int64_t vectors;           // Vectors of outputs of all groups.
+  int64_t groups_in_vector;  // 1 for kBroadcast.
+  int64_t vectors_in_group;  // 1 for kRotate and kSpread.
+  int64_t terms;          // Vectors of weights for one tap: one for each input or pair of inputs.
+  int64_t panel_size;     // Packed elements of a panel in one pixel (see `panel_of`).
+  int64_t taps;           // Taps that any phase sees.
+  int64_t chunk, chunks;  // Vectors that one task computes, and the number of such chunks.
+  bool chunks_first;      // Whether the task number counts chunks in its outermost digit.
 
-  // Rows of results that are computed together from a window of rows of the operand, packed, which
-  // then moves on: a row is packed once for all that reads it.
+  // Rows of results that are computed together. Their window of packed rows then moves down, so
+  // that each row of the operand is packed once for all results that read it.
   int64_t rows_at_once;
 
-  // Kernel's gradient only: independent sums of parts of the batch.
-  int64_t slices;
+  int64_t slices;  // For the kernel's gradient: separate sums, each over a part of the tiles.
 
-  const void* operand;   // What is read at shifted positions.
-  const void* other;     // The kernel, or the gradient of the output.
+  const void* operand;  // Read at shifted positions.
+  const void* other;    // The kernel, or the output's gradient.
   void* result;
-  void* packed;          // [vectors, taps, terms, lanes] weights; of sums one for each slice.
-  int64_t scratch_bytes; // For one worker.
+  void* packed;           // Weights [vectors, taps, terms, lanes], or `slices` such arrays of sums.
+  int64_t scratch_bytes;  // For one worker.
 
-  ALWAYS_INLINE int64_t window_rows() const { return axes[0].positions(rows_at_once); }
+  INLINE int64_t window_rows() const { return axes[0].positions(rows_at_once); }
 
-  // A source is what is packed together of the operand: a vector's groups, or a group.
-  ALWAYS_INLINE int64_t source_of(int64_t vector) const { return vector / vectors_in_group; }
-  // Elements from pixel to pixel of a window. Not a multiple of 1 KiB: neighbouring pixels would
-  // all fall into the same few lines of a cache.
-  ALWAYS_INLINE int64_t pixel_size(int64_t sources, int64_t element_bytes) const {
-    int64_t size = sources * unit;
+  // A panel holds the packed inputs of one pixel for one vector: those of the vector's groups. The
+  // vectors of one wide group share a panel.
+  INLINE int64_t panel_of(int64_t vector) const { return vector / vectors_in_group; }
+
+  // Returns the elements from pixel to pixel of a window. Pixels 1 KiB apart would compete for the
+  // same few sets of the cache, so such a pixel gets one more cache line.
+  INLINE int64_t pixel_size(int64_t panels, int64_t element_bytes) const {
+    int64_t size = panels * panel_size;
     return size * element_bytes % 1024 == 0 ? size + kAlignment / element_bytes : size;
   }
-  ALWAYS_INLINE int64_t vector_size() const { return taps * terms * lanes; }
-  ALWAYS_INLINE int64_t first_output(int64_t vector) const {
-    return mode == Mode::kBroadcast
+
+  // Returns the packed weights of one vector of outputs.
+  INLINE int64_t vector_size() const { return taps * terms * lanes; }
+
+  INLINE int64_t first_output(int64_t vector) const {
+    return layout == Layout::kBroadcast
                ? vector / vectors_in_group * outputs + vector % vectors_in_group * lanes
                : vector * groups_in_vector * outputs;
   }
-  // Lanes of a vector that are outputs.
-  ALWAYS_INLINE int64_t valid_lanes(int64_t vector) const {
-    if (mode == Mode::kBroadcast) {
+
+  // Returns how many lanes of a vector are outputs; the last vector may be partly empty.
+  INLINE int64_t valid_lanes(int64_t vector) const {
+    if (layout == Layout::kBroadcast) {
       int64_t left = outputs - vector % vectors_in_group * lanes;
       return left < lanes ? left : lanes;
     }
@@ -114,23 +138,6 @@ struct Job {
     return (left < groups_in_vector ? left : groups_in_vector) * outputs;
   }
 };
-
-// The functions of one instruction set for one type of elements.
-struct Engine {
-  const char* name;
-  int64_t lanes, element_bytes;
-  int64_t pair;              // Stored elements in a packed one.
-  int64_t largest_rotation;  // Width of the groups that kRotate takes.
-  int64_t vectors_at_once;   // Of one group, that a kernel computes together.
-  int64_t sums_at_once;      // Vectors of sums that a kernel keeps in registers.
-  int64_t tile_rows;         // Pixels of a tile, if it multiplies tiles; else 0.
-  void (*pack_weights)(const Job&, int64_t vector);
-  void (*correlate)(const Job&, int64_t task, void* scratch);
-  void (*sum_products)(const Job&, int64_t task, void* scratch);
-  void (*unpack_weights)(const Job&, int64_t vector);
-};
-
-enum class Type { kFloat32, kFloat64, kBfloat16, kBfloat16Pair, kBfloat16Tile };
 
 }  // namespace grouped_conv
 

@@ -1,8 +1,8 @@
-// Packed copies of a tile and of the kernel, in which the inner loops read one element after the
-// other and no position is outside.
+// Packs rows of an image, so that the register kernels read elements that follow each other and no
+// position outside the image.
 //
-// Of the operand only a window is packed, some rows that are read together: zeros where the image
-// has ended, positions that are not read left out. No array is ever padded as a whole.
+// A window of the rows that are read together is packed, never a whole array. It holds zeros where
+// the image has ended, and leaves out positions that no result reads.
 #ifndef GROUPED_CONV_PACKING_H_
 #define GROUPED_CONV_PACKING_H_
 
@@ -14,9 +14,11 @@ namespace INSTRUCTION_SET {
 
 INLINE int64_t Smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t Larger(int64_t a, int64_t b) { return a > b ? a : b; }
-INLINE int64_t Blocks(int64_t size, int64_t largest) { return (size + largest - 1) / largest; }
 
-// The elements of a pixel, by their number; or as many as a vector has, from one of them on.
+// The three classes below read the elements of a pixel that are packed together. `[i]` is element
+// i, and `from(i)` is a vector of the elements from number i on.
+
+// Single features.
 template <class Policy>
 struct Elements {
   const typename Policy::Stored* at;
@@ -25,7 +27,7 @@ struct Elements {
   INLINE Vector<typename Policy::Element> from(int64_t i) const { return Policy::Packed(at + i); }
 };
 
-// Pairs of neighbouring features, to be multiplied and added up together.
+// Pairs of neighboring features.
 template <class Policy>
 struct FeaturePairs {
   const typename Policy::Stored* at;
@@ -38,24 +40,25 @@ struct FeaturePairs {
   INLINE Vector<uint32_t> from(int64_t i) const { return Load<Vector<uint32_t>>(at + 2 * i); }
 };
 
-// Pairs of the same feature of two pixels, either of which may be outside if they `may_be`.
-template <class Policy, bool may_be>
+// Pairs of the same feature of two pixels. If they `may_be_outside`, a null pixel counts as zeros.
+template <class Policy, bool may_be_outside>
 struct PixelPairs {
   const typename Policy::Stored *at, *next;
   int64_t count;
   INLINE uint32_t operator[](int64_t i) const {
-    uint32_t low = !may_be || at ? at[i].bits : 0, high = !may_be || next ? next[i].bits : 0;
+    uint32_t low = !may_be_outside || at ? at[i].bits : 0;
+    uint32_t high = !may_be_outside || next ? next[i].bits : 0;
     return low | high << 16;
   }
   INLINE Vector<uint32_t> from(int64_t i) const {
     Vector<uint32_t> low{}, high{};
-    if (!may_be || at) low = Extended(at + i);
-    if (!may_be || next) high = Extended(next + i);
+    if (!may_be_outside || at) low = Extended(at + i);
+    if (!may_be_outside || next) high = Extended(next + i);
     return low | high << 16;
   }
 };
 
-// Up to a vector of them, zeros after the last.
+// Loads up to a vector of elements, with zeros after the last one.
 template <class Policy, class Source>
 INLINE Vector<typename Policy::Element> LoadElements(const Source& from) {
   constexpr int lanes = kLanes<Policy>;
@@ -69,9 +72,10 @@ INLINE Vector<typename Policy::Element> LoadElements(const Source& from) {
   return Load<Vector<typename Policy::Element>>(all);
 }
 
-// Each of these packs one source of one pixel.
+// The three classes below pack one panel of one pixel. `copies` says whether it equals the
+// elements.
 
-// A vector of neighbouring elements, zeros after the last.
+// A panel for kRotate: a vector of elements, with zeros after the last one.
 template <class Policy>
 struct PackLanes {
   static constexpr bool copies = true;
@@ -81,7 +85,7 @@ struct PackLanes {
   }
 };
 
-// Elements one after the other.
+// A panel for kBroadcast: any number of elements.
 template <class Policy>
 struct PackScalars {
   static constexpr bool copies = true;
@@ -94,17 +98,20 @@ struct PackScalars {
   }
 };
 
-// `terms` vectors; lane i of the first is element index[i], of the second the one after that.
+// A panel for kSpread: `terms` vectors. Lane i of vector t is element index[i] + t.
+//
+// With 2 groups of 3 outputs in 8 lanes and 2 inputs, index is 0 0 0 2 2 2 0 0: the panel of the
+// elements a0 a1 b0 b1 is a0 a0 a0 b0 b0 b0 - -, then a1 a1 a1 b1 b1 b1 - -.
 template <class Policy>
 struct PackSpread {
   static constexpr bool copies = false;
-  int64_t terms, inputs, groups_in_vector;
+  int64_t terms;
   int32_t index[kLanes<Policy>];
 
-  // Each group of `width` lanes sees the `inputs` elements of its own, from any of them on if
-  // `wraps`.
-  PackSpread(int64_t terms, int64_t inputs, int64_t width, bool wraps)
-      : terms(terms), inputs(inputs), groups_in_vector(kLanes<Policy> / width) {
+  // Each group of `width` lanes sees its own `inputs` elements. If `wraps`, its lanes do not all
+  // begin at the first input, but at inputs 0, 1, 2, ... and from 0 again.
+  PackSpread(int64_t terms, int64_t inputs, int64_t width, bool wraps) : terms(terms) {
+    int64_t groups_in_vector = kLanes<Policy> / width;
     for (int64_t i = 0; i < kLanes<Policy>; i++) {
       int64_t group = i / width < groups_in_vector ? i / width : 0;
       index[i] = static_cast<int32_t>(group * inputs + (wraps ? i % width % inputs : 0));
@@ -135,29 +142,37 @@ struct PackSpread {
   }
 };
 
-// Which positions of one dimension are packed: first + i * step for i < count, zeros where that is
-// negative or not less than `size`.
+// The positions first + i * step of one dimension for i < count. Those that are negative or not
+// less than `size` are outside the image.
 struct Positions {
   int64_t first, step, count, size;
 };
 
-// From `begin` to `end`, not included.
+// The indices from `begin` to `end`, without `end`.
 struct Span {
   int64_t begin, end;
   int64_t size() const { return end - begin; }
 };
 
-// Those of `count` indices for which first + i * step is inside.
+// Returns the i < count for which 0 <= first + i * step < size. The taps of a 3x3 kernel at the top
+// left corner with padding 1 are at -1, 0 and 1, so Inside(-1, 1, 3, size) is {1, 3}.
 INLINE Span Inside(int64_t first, int64_t step, int64_t count, int64_t size) {
-  int64_t begin = first < 0 ? Smaller(count, Blocks(-first, step)) : 0;
-  int64_t end = first < size ? Smaller(count, Blocks(size - first, step)) : 0;
+  int64_t begin = first < 0 ? Smaller(count, CeilDiv(-first, step)) : 0;
+  int64_t end = first < size ? Smaller(count, CeilDiv(size - first, step)) : 0;
   return {begin, Larger(begin, end)};
 }
 
-// `count` of them, `features` apart from each other; the last one may have fewer elements.
-struct Sources {
-  int64_t first_feature, features, count;
-  int64_t all_features;  // Of a pixel.
+// The panels that are packed of each pixel: `count` panels of `features` features each, of which
+// the last one may have fewer. A pixel has `all_features` in the caller's array.
+struct Panels {
+  int64_t first_feature, features, count, all_features;
+};
+
+// The packed row [columns, panels, panel_size] with `pixel_size` elements from column to column.
+template <class Policy>
+struct PackedRow {
+  typename Policy::Element* at;
+  int64_t panel_size, pixel_size;
 };
 
 template <class Policy>
@@ -171,179 +186,118 @@ INLINE void CopyElements(typename Policy::Element* to, const typename Policy::St
   }
 }
 
-// Packs one row of an image, null if there is none, as [columns, sources, unit], with `pixel`
-// elements from column to column. `pair_step` is how far the other pixel of a pair is, in positions; 0 for pairs
-// of features, or none.
+// Packs the parts of one row; `Pack` packs a panel.
 template <class Policy, class Pack>
-void PackRow(const typename Policy::Stored* line, const Positions& columns,
-             const Sources& sources, int64_t pair_step, typename Policy::Element* to, int64_t unit,
-             int64_t pixel, const Pack& pack) {
+class RowPacker {
+ public:
+  using Stored = typename Policy::Stored;
   using Element = typename Policy::Element;
-  auto zero = [&](int64_t begin, int64_t end) {
+
+  INLINE RowPacker(const Positions& columns, const Panels& panels, const PackedRow<Policy>& row,
+                   const Pack& pack)
+      : columns_(columns),
+        panels_(panels),
+        row_(row),
+        pack_(pack),
+        left_(panels.all_features - panels.first_feature),
+        full_(Smaller(panels.count, left_ / panels.features)) {}
+
+  // Packs the columns from `begin` to `end`, which are outside the image.
+  INLINE void PackZeros(int64_t begin, int64_t end) const {
     for (int64_t c = begin; c < end; c++) {
-      memset(to + c * pixel, 0, sources.count * unit * sizeof(Element));
-    }
-  };
-  if (line == nullptr) return zero(0, columns.count);
-  line += sources.first_feature;
-  int64_t left = sources.all_features - sources.first_feature;
-  int64_t full = Smaller(sources.count, left / sources.features);
-  // All sources of a pixel; `elements` makes what is packed of a place in it.
-  auto each = [&](Element* to, const auto& elements) INLINE_LAMBDA {
-    for (int64_t s = 0; s < full; s++) {
-      pack(to + s * unit, elements(s * sources.features, sources.features));
-    }
-    if (full < sources.count) {
-      pack(to + full * unit,
-           elements(full * sources.features, left - full * sources.features));
-    }
-  };
-  if constexpr (Policy::pair == 2) {
-    if (pair_step != 0) {
-      auto place = [&](int64_t column) {
-        bool is_inside = 0 <= column && column < columns.size;
-        return is_inside ? line + column * sources.all_features : nullptr;
-      };
-      for (int64_t c = 0; c < columns.count; c++) {
-        int64_t column = columns.first + c * columns.step;
-        const auto *at = place(column), *next = place(column + pair_step);
-        if (at && next) {
-          each(to + c * pixel, [&](int64_t feature, int64_t count) {
-            return PixelPairs<Policy, false>{at + feature, next + feature, count};
-          });
-        } else {
-          each(to + c * pixel, [&](int64_t feature, int64_t count) {
-            return PixelPairs<Policy, true>{at ? at + feature : at, next ? next + feature : next,
-                                            count};
-          });
-        }
-      }
-      return;
+      memset(pixel(c), 0, panels_.count * row_.panel_size * sizeof(Element));
     }
   }
-  Span inside = Inside(columns.first, columns.step, columns.count, columns.size);
-  if (inside.size() == 0) return zero(0, columns.count);
-  zero(0, inside.begin);
-  zero(inside.end, columns.count);
-  const auto* from = line + (columns.first + inside.begin * columns.step) * sources.all_features;
-  if constexpr (Pack::copies && Policy::pair == 1) {
-    if (sources.features == unit && full == sources.count) {  // Without gaps.
-      if (columns.step == 1 && pixel == sources.all_features && full * unit == pixel) {
-        CopyElements<Policy>(to + inside.begin * pixel, from, inside.size() * pixel);
+
+  // Packs the columns of `inside`; `from` is the first one of them in the image.
+  INLINE void PackInside(const Stored* from, Span inside) const {
+    const int64_t step = columns_.step * panels_.all_features;
+    if constexpr (Pack::copies && Policy::pair == 1) {
+      // Full panels follow each other in the image as well, and so do whole pixels perhaps.
+      if (panels_.features == row_.panel_size && full_ == panels_.count) {
+        const int64_t size = full_ * row_.panel_size;
+        if (columns_.step == 1 && row_.pixel_size == panels_.all_features &&
+            size == row_.pixel_size) {
+          return CopyElements<Policy>(pixel(inside.begin), from, inside.size() * size);
+        }
+        for (int64_t c = inside.begin; c < inside.end; c++, from += step) {
+          CopyElements<Policy>(pixel(c), from, size);
+        }
         return;
       }
-      for (int64_t c = inside.begin; c < inside.end; c++) {
-        CopyElements<Policy>(to + c * pixel, from, full * unit);
-        from += columns.step * sources.all_features;
-      }
-      return;
     }
-  }
-  for (int64_t c = inside.begin; c < inside.end; c++) {
-    each(to + c * pixel, [&](int64_t feature, int64_t count) {
-      if constexpr (Policy::pair == 1) {
-        return Elements<Policy>{from + feature, count};
-      } else {
-        return FeaturePairs<Policy>{from + feature, count / 2};
-      }
-    });
-    from += columns.step * sources.all_features;
-  }
-}
-
-// Calls visit(at, element) for each weight of a vector: its place in the packed vector, and in the
-// kernel of the caller.
-//
-// What the lanes are differs: sums over inputs have outputs in their lanes, and the inputs turn;
-// the kernel's gradient turns the outputs (`outputs_turn`), which it reads once for all taps.
-template <class Visit>
-INLINE void EachWeight(const Job& job, int64_t vector, int64_t pair, bool outputs_turn,
-                       const Visit& visit) {
-  // Of each lane for the first term, and for the others of kRotate.
-  constexpr int64_t most_lanes = 16, most_turns = 8;
-  int64_t places[most_turns][most_lanes];
-  int64_t lanes = job.valid_lanes(vector);
-  bool turns = job.mode == Mode::kRotate;
-  int64_t step = job.input_stride * pair;  // From term to term.
-  for (int64_t l = 0; l < lanes; l++) {
-    int64_t group = vector / job.vectors_in_group, output;
-    if (job.mode == Mode::kBroadcast) {
-      output = vector % job.vectors_in_group * job.lanes + l;
-    } else {
-      group = vector * job.groups_in_vector + l / job.outputs;
-      output = l % job.outputs;
-    }
-    for (int64_t t = 0; t < (turns ? job.terms : 1); t++) {
-      int64_t input = !turns ? 0 : outputs_turn ? output : (output + t) % job.terms;
-      int64_t to = turns && outputs_turn ? (output + t) % job.outputs : output;
-      places[t][l] = input * step + group * job.group_stride + to * job.output_stride;
-    }
-  }
-  int64_t at = 0;
-  auto each_part = [&](int64_t at, int64_t place) INLINE_LAMBDA {
-    for (int64_t k = 0; k < pair; k++) visit(at * pair + k, place + k * job.input_stride);
-  };
-  for (int64_t a = 0; a < job.axes[0].phase_count; a++) {
-    for (int64_t b = 0; b < job.axes[1].phase_count; b++) {
-      const Phase &p = job.axes[0].phases[a], &q = job.axes[1].phases[b];
-      for (int64_t i = 0; i < p.taps; i++) {
-        for (int64_t j = 0; j < q.taps; j++, at += job.terms * job.lanes) {
-          int64_t tap = (p.tap + i * p.tap_step) * job.tap_strides[0] +
-                        (q.tap + j * q.tap_step) * job.tap_strides[1];
-          if (!turns && job.input_stride == 1) {  // Neighbours one after the other.
-            for (int64_t l = 0; l < lanes; l++) {
-              for (int64_t t = 0; t < job.terms; t++) {
-                each_part(at + t * job.lanes + l, tap + places[0][l] + t * step);
-              }
-            }
-          } else {
-            for (int64_t t = 0; t < job.terms; t++) {
-              const int64_t* row = places[turns ? t : 0];
-              int64_t term = turns ? tap : tap + t * step;
-              for (int64_t l = 0; l < lanes; l++) {
-                each_part(at + t * job.lanes + l, term + row[l]);
-              }
-            }
-          }
+    for (int64_t c = inside.begin; c < inside.end; c++, from += step) {
+      PackPixel(pixel(c), [&](int64_t feature, int64_t count) {
+        if constexpr (Policy::pair == 1) {
+          return Elements<Policy>{from + feature, count};
+        } else {
+          return FeaturePairs<Policy>{from + feature, count / 2};
         }
+      });
+    }
+  }
+
+  // Packs all columns as pairs of two pixels that are `pair_step` positions apart.
+  INLINE void PackPixelPairs(const Stored* line, int64_t pair_step) const {
+    auto place = [&](int64_t column) {
+      bool is_inside = 0 <= column && column < columns_.size;
+      return is_inside ? line + column * panels_.all_features : nullptr;
+    };
+    for (int64_t c = 0; c < columns_.count; c++) {
+      int64_t column = columns_.first + c * columns_.step;
+      const auto *at = place(column), *next = place(column + pair_step);
+      if (at && next) {
+        PackPixel(pixel(c), [&](int64_t feature, int64_t count) {
+          return PixelPairs<Policy, false>{at + feature, next + feature, count};
+        });
+      } else {
+        PackPixel(pixel(c), [&](int64_t feature, int64_t count) {
+          return PixelPairs<Policy, true>{at ? at + feature : at, next ? next + feature : next,
+                                          count};
+        });
       }
     }
   }
-}
 
-template <class Policy>
-void PackWeights(const Job& job, int64_t vector) {
-  using Element = typename Policy::Element;
-  // Of pairs the halves, which are as they are stored.
-  using Part = std::conditional_t<Policy::pair == 1, Element, typename Policy::Stored>;
-  const auto* from = static_cast<const typename Policy::Stored*>(job.other);
-  Element* packed = static_cast<Element*>(job.packed) + vector * job.vector_size();
-  if (job.valid_lanes(vector) < job.lanes) {
-    memset(packed, 0, job.vector_size() * sizeof(Element));
-  }
-  Part* to = reinterpret_cast<Part*>(packed);
-  EachWeight(job, vector, Policy::pair, false, [&](int64_t at, int64_t place) INLINE_LAMBDA {
-    if constexpr (Policy::pair == 1) {
-      to[at] = Policy::Packed(from[place]);
-    } else {
-      to[at] = from[place];
+ private:
+  INLINE Element* pixel(int64_t column) const { return row_.at + column * row_.pixel_size; }
+
+  // Packs all panels of a pixel; elements(feature, count) reads the elements of one panel.
+  template <class ElementsOf>
+  INLINE void PackPixel(Element* to, const ElementsOf& elements) const {
+    const int64_t features = panels_.features;
+    for (int64_t p = 0; p < full_; p++) {
+      pack_(to + p * row_.panel_size, elements(p * features, features));
     }
-  });
-}
-
-// The sums of all slices, always in the same order, to where the caller wants them.
-template <class Policy>
-void UnpackWeights(const Job& job, int64_t vector) {
-  using Number = std::remove_reference_t<decltype(typename Policy::Sum{}[0])>;
-  auto* to = static_cast<typename Policy::Stored*>(job.result);
-  int64_t slice = job.vectors * job.vector_size();
-  Number* sums = static_cast<Number*>(job.packed) + vector * job.vector_size();
-  for (int64_t s = 1; s < job.slices; s++) {
-    for (int64_t i = 0; i < job.vector_size(); i++) sums[i] += sums[s * slice + i];
+    if (full_ < panels_.count) {
+      pack_(to + full_ * row_.panel_size, elements(full_ * features, left_ - full_ * features));
+    }
   }
-  EachWeight(job, vector, 1, true, [&](int64_t at, int64_t place) INLINE_LAMBDA {
-    to[place] = Policy::Rounded(sums[at]);
-  });
+
+  const Positions& columns_;
+  const Panels& panels_;
+  const PackedRow<Policy>& row_;
+  const Pack& pack_;
+  int64_t left_, full_;  // Features from the first packed one on, and panels that are full.
+};
+
+// Packs one row of an image, or zeros if `line` is null. Pairs are pairs of pixels, `pair_step`
+// positions apart, or pairs of features if `pair_step` is 0.
+template <class Policy, class Pack>
+void PackRow(const typename Policy::Stored* line, const Positions& columns, const Panels& panels,
+             int64_t pair_step, const PackedRow<Policy>& row, const Pack& pack) {
+  RowPacker<Policy, Pack> packer(columns, panels, row, pack);
+  if (line == nullptr) return packer.PackZeros(0, columns.count);
+  line += panels.first_feature;
+  if constexpr (Policy::pair == 2) {
+    if (pair_step != 0) return packer.PackPixelPairs(line, pair_step);
+  }
+  Span inside = Inside(columns.first, columns.step, columns.count, columns.size);
+  if (inside.size() == 0) return packer.PackZeros(0, columns.count);
+  packer.PackZeros(0, inside.begin);
+  packer.PackZeros(inside.end, columns.count);
+  packer.PackInside(line + (columns.first + inside.begin * columns.step) * panels.all_features,
+                    inside);
 }
 
 }  // namespace INSTRUCTION_SET

@@ -1,4 +1,4 @@
-// A loop shared with the threads of XLA's pool, none of which ever waits for another one to start.
+// Shares a loop with the threads of XLA's pool. No thread ever waits for another one to start.
 #ifndef GROUPED_CONV_PARALLEL_H_
 #define GROUPED_CONV_PARALLEL_H_
 
@@ -11,10 +11,12 @@
 
 namespace grouped_conv {
 
-// Calls body(task, worker) for each task, by the calling thread (worker 0) and by those threads of
-// the pool that have time. All tasks may be done by the caller alone; a thread that comes too late
-// finds nothing to do, and touches nothing but the counters, which live as long as it needs them.
-// The caller waits only for tasks that are running.
+// Calls body(task, worker) for each task. The calling thread is worker 0; threads of the pool that
+// have time are the others.
+//
+// The caller may do all tasks alone, and waits only for tasks that have begun. So nothing deadlocks
+// if all threads of the pool are busy, perhaps with calls like this one. A thread that comes too
+// late finds no task and touches only the counters, which it keeps alive.
 template <class Pool, class Body>
 void ParallelFor(Pool& pool, int64_t tasks, int64_t workers, const Body& body) {
   struct Counters {
@@ -40,7 +42,7 @@ void ParallelFor(Pool& pool, int64_t tasks, int64_t workers, const Body& body) {
       pool.Schedule([work, worker] { work(worker); });
     }
   } catch (...) {
-    // Those that have been asked may have begun: what is left is done without more of them.
+    // Threads that are scheduled may have begun, so the caller goes on with them.
   }
   work(0);
   for (int spins = 0; spins < 1000 && counters->done.load() < tasks; spins++) {

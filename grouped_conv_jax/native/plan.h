@@ -1,4 +1,5 @@
-// From shapes to a `Job`: everything that is checked, and how the work is cut up.
+// Checks the shapes of a call and turns them into a `Job`: how the work is divided into tiles,
+// chunks of vectors and tasks.
 #ifndef GROUPED_CONV_PLAN_H_
 #define GROUPED_CONV_PLAN_H_
 
@@ -7,18 +8,14 @@
 #include <vector>
 
 #include "job.h"
+#include "kernel_table.h"
+#include "phases.h"
 
 namespace grouped_conv {
 
 enum class Contraction { kFprop, kDgrad, kWgrad };
 
-// One spatial dimension of a correlation: result q reads through tap i the element
-// (q * stride + i * dilation - low) / gaps of the operand, if that is a whole number.
-struct Dimension {
-  int64_t operand, results, taps, stride, dilation, gaps, low;
-};
-
-// The features of a group are those of the operand, and of the other end of the convolution.
+// `inputs` and `outputs` are features per group, as in `Job`.
 struct Request {
   Contraction contraction;
   int64_t batch, groups, inputs, outputs;
@@ -32,15 +29,15 @@ struct Plan {
   int64_t tasks = 0;
   int64_t workers = 0;
   int64_t packed_bytes = 0;
-  bool leaves_out_taps = false;  // Some see no result: their gradient is zero.
+  bool has_unseen_taps = false;  // Taps that no result sees have a gradient of zero.
 };
 
-// An empty string, or what is wrong with the request.
+// Returns an empty string, or what is wrong with the request.
 std::string Check(const Request& request);
 
-// Of a request that has been checked; false if it would take more memory than there can be. The
-// arrays are left to the caller.
-bool MakePlan(const Request& request, const Engine& engine, Plan* plan);
+// Plans a checked request, without the pointers to its arrays. Returns false if it needs too much
+// memory.
+bool MakePlan(const Request& request, const KernelTable& kernels, Plan* plan);
 
 }  // namespace grouped_conv
 

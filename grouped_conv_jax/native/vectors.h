@@ -1,14 +1,16 @@
-// Vectors of one instruction set: the only file that knows how wide a register is.
+// The vectors and element types of one instruction set. Only this file knows the size of registers.
 //
-// Each instruction set compiles this, and all that includes it, in a namespace of its own
-// (INSTRUCTION_SET), so that the linker cannot take a function of one for that of another. For the
-// same reason nothing of the standard library that has code is used here.
+// Each instruction set compiles this file, and all files that include it, in its own namespace
+// INSTRUCTION_SET. The linker therefore cannot confuse functions of two instruction sets. For the
+// same reason these files use no function of the standard library that might not be inlined.
 //
-// A policy tells how elements are stored, packed and multiplied:
-//   Stored    in the arrays of the caller
-//   Element   in packed arrays: as many in a vector as there are sums
-//   pair      how many stored elements, that are multiplied and added up, an Element holds
-//   is_tiled  whether whole tiles are multiplied, and not vectors (see tiles.h)
+// A policy says how elements are stored, packed and multiplied:
+//   Stored    the type in the caller's arrays
+//   Element   the type in packed arrays; a vector has as many of them as it has sums
+//   Sum       a vector of sums
+//   pair      the stored elements in one Element: 2 if their products are added at once, else 1
+//   uses_amx  whether AMX multiplies whole blocks of pixels (see amx.h)
+//   Kernels   the policy of the register kernels that only read and write packed arrays
 #ifndef GROUPED_CONV_VECTORS_H_
 #define GROUPED_CONV_VECTORS_H_
 
@@ -17,11 +19,12 @@
 #include <type_traits>
 #include <utility>
 
+#include "job.h"
+
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
-#define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 64")
 #define INLINE_LAMBDA __attribute__((always_inline))
 
@@ -54,8 +57,8 @@ INLINE void Store(T* to, V v) {
   memcpy(to, &v, sizeof(V));
 }
 
-// The first `count` lanes, by one instruction where there is one: sums that are looked at lane by lane
-// would not stay in registers before.
+// Stores the first `count` lanes. AVX-512 has an instruction for that. A loop over the lanes would
+// make the compiler keep the sums in memory all the time.
 template <class V, class T>
 INLINE void StoreFirst(T* to, V v, int count) {
 #ifdef __AVX512F__
@@ -78,7 +81,8 @@ INLINE void StoreFirst(T* to, V v, int count) {
   }
 }
 
-// Lane i is lane (i + by) of the same `width` lanes: 0 1 2 3 | 4 5 6 7 is 1 2 3 0 | 5 6 7 4.
+// Returns `v` with each group of `width` lanes rotated by `by`. With width 4 and by 1, the lanes
+// 0 1 2 3 | 4 5 6 7 become 1 2 3 0 | 5 6 7 4.
 template <int width, int by, class V, int... i>
 INLINE V RotatedLanes(V v, std::integer_sequence<int, i...>) {
   return __builtin_shufflevector(v, v, (i / width * width + (i % width + by) % width)...);
@@ -93,7 +97,7 @@ INLINE V Rotated(V v) {
   }
 }
 
-// The same number in every lane. (Minus zero stays what it is when zero is taken from it.)
+// Returns `x` in every lane. Subtracting zero, unlike adding it, keeps minus zero.
 template <class V, class T>
 INLINE V Broadcast(T x) {
   return x - V{};
@@ -106,7 +110,7 @@ struct Plain {
   using Element = T;
   using Sum = Vector<T>;
   static constexpr int pair = 1;
-  static constexpr bool is_tiled = false;
+  static constexpr bool uses_amx = false;
   static INLINE Element Packed(Stored x) { return x; }
   static INLINE Vector<T> Packed(const Stored* from) { return Load<Vector<T>>(from); }
   static INLINE Stored Rounded(Element x) { return x; }
@@ -119,7 +123,7 @@ struct Bfloat16Stored {
   uint16_t bits;
 };
 
-// A vector of them, each in 32 bits.
+// Loads a vector of bfloat16 bits, each in the low half of 32 bits.
 INLINE Vector<uint32_t> Extended(const Bfloat16Stored* from) {
   using Half = Vector<uint16_t, kVectorBytes / 2>;
   return __builtin_convertvector(Load<Half>(from), Vector<uint32_t>);
@@ -132,7 +136,7 @@ INLINE float Widened(Bfloat16Stored x) {
   return result;
 }
 
-// To the nearest, of two equally near to the even one; a NaN stays one.
+// Returns the upper 16 bits of float32 bits, rounded to nearest, ties to even. A NaN stays a NaN.
 template <class Bits>
 INLINE Bits NarrowedBits(Bits bits) {
   Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, quiet = bits >> 16 | 0x40;
@@ -144,29 +148,29 @@ INLINE Bfloat16Stored Narrowed(float x) {
   return {static_cast<uint16_t>(NarrowedBits(bits))};
 }
 
-// Converted when they are packed, and computed with as 32 bits.
+// Packing widens the elements to float32.
 struct Bfloat16 {
-  using Kernels = Float32;  // For what reads and writes only what is packed.
+  using Kernels = Float32;
   using Stored = Bfloat16Stored;
   using Element = float;
   using Sum = Vector<float>;
   static constexpr int pair = 1;
-  static constexpr bool is_tiled = false;
+  static constexpr bool uses_amx = false;
   static INLINE Element Packed(Stored x) { return Widened(x); }
   static INLINE Sum Packed(const Stored* from) { return (Sum)(Extended(from) << 16); }
   static INLINE Stored Rounded(float x) { return Narrowed(x); }
   static INLINE void MultiplyAdd(Sum& sum, Sum x, Sum y) { sum += x * y; }
 };
 
-#if defined(GROUPED_CONV_PAIRS) || defined(GROUPED_CONV_TILES)
-// Two in an element, whose products are added up by one instruction.
+#if defined(GROUPED_CONV_PAIRS) || defined(GROUPED_CONV_AMX)
+// An element is a pair, and one instruction adds the two products of two pairs to a sum.
 struct Bfloat16Pair {
   using Kernels = Bfloat16Pair;
   using Stored = Bfloat16Stored;
   using Element = uint32_t;
   using Sum = Vector<float>;
   static constexpr int pair = 2;
-  static constexpr bool is_tiled = false;
+  static constexpr bool uses_amx = false;
   static INLINE Stored Rounded(float x) { return Narrowed(x); }
 #ifdef GROUPED_CONV_PAIRS
   static INLINE void MultiplyAdd(Sum& sum, Vector<uint32_t> x, Vector<uint32_t> y) {
@@ -175,16 +179,20 @@ struct Bfloat16Pair {
 #endif
 };
 
-// The same, multiplied as tiles.
-struct Bfloat16Tile : Bfloat16Pair {
-  static constexpr bool is_tiled = true;
+// Pairs that AMX multiplies.
+struct Bfloat16Amx : Bfloat16Pair {
+  static constexpr bool uses_amx = true;
 };
 #endif
+
+// The type of one sum.
+template <class Policy>
+using Number = std::remove_reference_t<decltype(typename Policy::Sum{}[0])>;
 
 template <class Policy>
 constexpr int kLanes = kVectorBytes / sizeof(typename Policy::Element);
 
-// The first `count` lanes to memory.
+// Rounds the first `count` sums to the caller's type and stores them.
 template <class Policy>
 INLINE void StoreSums(typename Policy::Stored* to, typename Policy::Sum sum, int count) {
   if constexpr (std::is_same_v<typename Policy::Stored, Bfloat16Stored>) {

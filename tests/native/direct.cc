@@ -1,4 +1,4 @@
-// The kernels without XLA, for the fuzzer: a C function, and threads that are made for each call.
+// A C function that calls the kernels without XLA, for the fuzzer. Each call has its own threads.
 #include <cstdint>
 #include <exception>
 #include <thread>
@@ -28,8 +28,8 @@ class Threads {
 
 extern "C" {
 
-// `sizes` are batch, groups, inputs and outputs; `numbers` two times seven, as the handler gets
-// them. 0 if all is well, 1 for a request that is refused, 2 if there is no memory.
+// `sizes` are batch, groups, inputs and outputs; `numbers` are the 14 numbers that the handler
+// gets. Returns 0, or 1 if the request is refused, or 2 if there is no memory.
 int direct(int contraction, int type, int threads, const int64_t* sizes, const int64_t* numbers,
            const void* first, const void* second, void* result, int64_t result_bytes) {
   grouped_conv::Request request{};
@@ -46,8 +46,8 @@ int direct(int contraction, int type, int threads, const int64_t* sizes, const i
   if (!grouped_conv::Check(request).empty()) return 1;
   Threads pool;
   try {
-    grouped_conv::Compute(request, static_cast<grouped_conv::Type>(type), pool, first, second,
-                          result, result_bytes);
+    grouped_conv::Compute(request, static_cast<grouped_conv::ElementType>(type), pool, first,
+                          second, result, result_bytes);
   } catch (const std::exception&) {
     return 2;
   }

@@ -1,7 +1,8 @@
-// The inner loops: one row of results, or the sums of products of one tile.
+// The register kernels, which are the inner loops: they compute one block of a row of results, or
+// the sums of products of one tile.
 //
-// Everything that is summed stays in registers. A row of results takes `pixels` x `vectors` of
-// them, and each vector of weights is used for all pixels:
+// All sums stay in registers. A row of results takes `pixels` x `vectors` registers, and each
+// vector of weights is loaded once for all pixels:
 //
 //                    outputs 0..15   16..31
 //     pixel 0        sum             sum         += input of pixel 0 x weights
@@ -9,9 +10,9 @@
 //     ...                                           (up to 14 pixels with 32 registers)
 //
 // The kernel's gradient holds (taps x inputs) x vectors, and each vector of the output's gradient
-// is used for all of those.
-#ifndef GROUPED_CONV_KERNELS_H_
-#define GROUPED_CONV_KERNELS_H_
+// is loaded once for all taps and inputs.
+#ifndef GROUPED_CONV_REGISTER_KERNELS_H_
+#define GROUPED_CONV_REGISTER_KERNELS_H_
 
 #include "job.h"
 #include "vectors.h"
@@ -19,25 +20,29 @@
 namespace grouped_conv {
 namespace INSTRUCTION_SET {
 
-// Results of a row.
+// The arguments of a kernel for one row of results, or for two rows that see the same taps.
+//
+// Tap (i, j) of result p begins at operand[lines[i * line_gap] + j * column_gap + p * step]. From
+// there on `run` packed elements are multiplied: the inputs of one tap, or those of several taps
+// that follow each other in the window. A second row of results reads `next_line` lines further.
 template <class Policy>
-struct Row {
+struct RowArguments {
   const typename Policy::Element *operand, *weights;
-  const int64_t* lines;    // Of the operand, where each of its rows is, for the rows of taps.
-  int64_t line_gap;        // From one row of taps to the next.
-  int64_t rows, columns;   // Taps.
-  int64_t run;             // Inputs, one after the other in a pixel, that are multiplied.
-  int64_t column_gap, step;  // In elements of the operand; step from result to result.
-  int64_t weights_row, weights_column, weights_vector;  // In elements.
+  const int64_t* lines;      // Where the window's rows begin in `operand`.
+  int64_t line_gap;          // In rows of the window.
+  int64_t rows, columns;     // Taps.
+  int64_t run;               // In packed elements (kBroadcast) or vectors (kSpread).
+  int64_t column_gap, step;  // In packed elements.
+  int64_t weights_row, weights_column, weights_vector;  // In packed elements.
   typename Policy::Stored* result;
   int64_t result_step;
-  int64_t next_line, next_result;  // From a row of results to the next one, if there are two.
-  int32_t lanes;  // Of the last vector.
+  int64_t next_line, next_result;  // From the first row of results to the second one.
+  int32_t lanes;                   // Outputs in the last vector.
 };
 
-// Some of the sums, as the pixels of a row.
+// Stores the sums of `pixels` pixels from number `first` on.
 template <class Policy, int first, int pixels, int all, int vectors>
-INLINE void StoreRow(const Row<Policy>& row, typename Policy::Stored* result,
+INLINE void StoreRow(const RowArguments<Policy>& row, typename Policy::Stored* result,
                      typename Policy::Sum (&sums)[all][vectors]) {
   constexpr int lanes = kLanes<Policy>;
   UNROLL for (int p = 0; p < pixels; p++) {
@@ -48,9 +53,10 @@ INLINE void StoreRow(const Row<Policy>& row, typename Policy::Stored* result,
   }
 }
 
-// Addresses of pixels that are a constant distance from each other, in few registers: every fifth
-// pixel is one, and the next four are reached by what an x86 instruction adds to it, once, twice
-// or four times a register. The compiler, that would rather keep them all, is not told.
+// The addresses of pixels that are a constant distance apart. A register for each pixel would be
+// too many, so every fifth pixel has one. An x86 address can add another register times 1, 2 or 4:
+//   pixels 5b + 0, 1, 2, 4 = base b + (0, 1, 2, 4) * step        pixel 5b + 3 = base b + three_
+// The empty `asm` statements hide these relations, because the compiler would undo them.
 template <class T, int pixels>
 class SpacedPixels {
  public:
@@ -75,7 +81,7 @@ class SpacedPixels {
   int64_t step_, three_;
 };
 
-// An input is one element for all lanes (kBroadcast), or a vector (kSpread).
+// Reads an input: one element for all lanes (kBroadcast), or a vector (kSpread).
 template <class Policy, bool is_scalar>
 struct Input {
   static constexpr int size = is_scalar ? 1 : kLanes<Policy>;
@@ -89,9 +95,9 @@ struct Input {
   }
 };
 
-// Of one row of results, or of two, for which each weight is loaded once.
+// Computes one or two rows of results (kBroadcast and kSpread).
 template <class Policy, bool is_scalar, int results, int pixels, int vectors>
-void RowOfRuns(const Row<Policy>& row) {
+void CorrelateRuns(const RowArguments<Policy>& row) {
   using V = Vector<typename Policy::Element>;
   using In = Input<Policy, is_scalar>;
   using Pixels = SpacedPixels<typename Policy::Element, pixels>;
@@ -125,55 +131,57 @@ void RowOfRuns(const Row<Policy>& row) {
   }
 }
 
-// Groups of `width` lanes, turned by `turn`; all pixels for one input.
-template <class Policy, int width, int turn, int pixels>
-INLINE void AddTurned(typename Policy::Sum (&sums)[pixels][1],
-                      const typename Policy::Element* operand, int64_t step,
-                      const typename Policy::Element* weights) {
+// Adds the products of one input of each group to all pixels: the one `rotation` lanes further.
+template <class Policy, int width, int rotation, int pixels>
+INLINE void AddRotation(typename Policy::Sum (&sums)[pixels][1],
+                        const typename Policy::Element* operand, int64_t step,
+                        const typename Policy::Element* weights) {
   using V = Vector<typename Policy::Element>;
-  V w = Load<V>(weights + turn * kLanes<Policy>);
+  V w = Load<V>(weights + rotation * kLanes<Policy>);
   UNROLL for (int p = 0; p < pixels; p++) {
-    V x = Rotated<width, turn>(Load<V>(operand + p * step));
+    V x = Rotated<width, rotation>(Load<V>(operand + p * step));
     Policy::MultiplyAdd(sums[p][0], x, w);
   }
 }
 
-// The same for `taps` neighbours: each pixel of the operand is read and turned once for all of the
-// results that see it.
-template <class Policy, int width, int turn, int pixels, int taps>
-INLINE void SlideTurned(typename Policy::Sum (&sums)[pixels][1],
-                        const typename Policy::Element* operand, int64_t step,
-                        const typename Policy::Element* weights, int64_t weights_column) {
+// Does the same for `taps` neighboring columns of the kernel. The kernel slides along the row: each
+// pixel is loaded and rotated once, for all results that see it. Pixel i of the operand is seen by
+// result i - t through tap t.
+template <class Policy, int width, int rotation, int pixels, int taps>
+INLINE void SlideRotation(typename Policy::Sum (&sums)[pixels][1],
+                          const typename Policy::Element* operand, int64_t step,
+                          const typename Policy::Element* weights, int64_t weights_column) {
   using V = Vector<typename Policy::Element>;
   constexpr int lanes = kLanes<Policy>;
   V w[taps];
   UNROLL for (int t = 0; t < taps; t++) {
-    w[t] = Load<V>(weights + t * weights_column + turn * lanes);
+    w[t] = Load<V>(weights + t * weights_column + rotation * lanes);
   }
   UNROLL for (int i = 0; i < pixels + taps - 1; i++) {
-    V x = Rotated<width, turn>(Load<V>(operand + i * step));
+    V x = Rotated<width, rotation>(Load<V>(operand + i * step));
     UNROLL for (int t = 0; t < taps; t++) {
       if (0 <= i - t && i - t < pixels) Policy::MultiplyAdd(sums[i - t][0], x, w[t]);
     }
   }
 }
 
-// kRotate; `taps` is how many neighbouring columns slide together, 0 for any columns.
-template <class Policy, int width, int taps, int pixels, int... turn>
-INLINE void RowOfTurns(const Row<Policy>& row, std::integer_sequence<int, turn...>) {
+// Computes a row of results (kRotate). If the kernel slides, it has `taps` columns; else taps is 0.
+template <class Policy, int width, int taps, int pixels, int... rotation>
+INLINE void CorrelateAllRotations(const RowArguments<Policy>& row,
+                                  std::integer_sequence<int, rotation...>) {
   typename Policy::Sum sums[pixels][1];
   UNROLL for (int p = 0; p < pixels; p++) sums[p][0] = typename Policy::Sum{};
   for (int64_t i = 0; i < row.rows; i++) {
     const auto* operand = row.operand + row.lines[i * row.line_gap];
     const auto* weights = row.weights + i * row.weights_row;
     if constexpr (taps > 0) {
-      (SlideTurned<Policy, width, turn, pixels, taps>(sums, operand, row.step, weights,
-                                                      row.weights_column),
+      (SlideRotation<Policy, width, rotation, pixels, taps>(sums, operand, row.step, weights,
+                                                            row.weights_column),
        ...);
     } else {
       for (int64_t j = 0; j < row.columns; j++) {
-        (AddTurned<Policy, width, turn, pixels>(sums, operand + j * row.column_gap, row.step,
-                                                weights + j * row.weights_column),
+        (AddRotation<Policy, width, rotation, pixels>(sums, operand + j * row.column_gap, row.step,
+                                                      weights + j * row.weights_column),
          ...);
       }
     }
@@ -181,28 +189,33 @@ INLINE void RowOfTurns(const Row<Policy>& row, std::integer_sequence<int, turn..
   StoreRow<Policy, 0, pixels>(row, row.result, sums);
 }
 template <class Policy, int width, int taps, int pixels>
-void RowOfRotations(const Row<Policy>& row) {
-  constexpr int turns = width / (width > 1 ? Policy::pair : 1);
-  RowOfTurns<Policy, width, taps, pixels>(row, std::make_integer_sequence<int, turns>{});
+void CorrelateRotations(const RowArguments<Policy>& row) {
+  constexpr int rotations = width / (width > 1 ? Policy::pair : 1);
+  CorrelateAllRotations<Policy, width, taps, pixels>(row,
+                                                     std::make_integer_sequence<int, rotations>{});
 }
 
-// Sums of products over a tile, added to those in memory.
+// The arguments of a kernel that multiplies the operand with the output's gradient and adds the sum
+// over some rows of a tile to `sums`.
+//
+// Pixel (r, c) of the output's gradient is at other[r * other_row + c * other_column]. Through tap
+// (t, u) it sees operand[lines[r * line_step + t * line_gap] + c * column_step + u * column_gap].
 template <class Policy>
-struct Products {
+struct ProductArguments {
   const typename Policy::Element *operand, *other;
-  int64_t rows, columns;              // Pixels of `other`.
-  const int64_t* lines;               // Of the operand, where each of its rows is.
-  int64_t line_step, line_gap;        // From row to row of `other`, and from tap to tap.
-  int64_t column_step, column_gap;    // The same of columns, in elements of the operand.
-  int64_t input_step;                 // From input to input of a run; 1 for scalars.
-  int64_t other_row, other_column;    // In elements; neighbouring vectors follow each other.
-  std::remove_reference_t<decltype(typename Policy::Sum{}[0])>* sums;
+  int64_t rows, columns;            // Pixels of `other`.
+  const int64_t* lines;             // Where the window's rows begin in `operand`.
+  int64_t line_step, line_gap;      // In rows of the window.
+  int64_t column_step, column_gap;  // In packed elements.
+  int64_t input_step;               // From input to input of a run; 1 for kBroadcast.
+  int64_t other_row, other_column;  // In packed elements.
+  Number<Policy>* sums;
   int64_t sums_row, sums_column, sums_vector;
 };
 
-// Taps in `tap_rows` rows of a run of `inputs` each.
+// Sums the products of `inputs` neighboring inputs of a run, for `tap_rows` rows of taps.
 template <class Policy, bool is_scalar, int tap_rows, int inputs, int vectors>
-void SumRuns(const Products<Policy>& p) {
+void SumRuns(const ProductArguments<Policy>& p) {
   using V = Vector<typename Policy::Element>;
   using In = Input<Policy, is_scalar>;
   using Sum = typename Policy::Sum;
@@ -237,16 +250,18 @@ void SumRuns(const Products<Policy>& p) {
   each([](Sum& sum, auto* at) INLINE_LAMBDA { Store(at, sum); });
 }
 
-// kRotate: the output's gradient turns, and serves `taps` columns.
-template <class Policy, int width, int turn, int taps>
-INLINE void SumTurned(typename Policy::Sum (&sums)[taps][width],
-                      Vector<typename Policy::Element> (&x)[taps],
-                      Vector<typename Policy::Element> y) {
-  y = Rotated<width, turn>(y);
-  UNROLL for (int t = 0; t < taps; t++) Policy::MultiplyAdd(sums[t][turn], x[t], y);
+// Adds the products with the output's gradient, rotated within each group, for `taps` columns of
+// taps (kRotate). The output's gradient is rotated because all taps share it.
+template <class Policy, int width, int rotation, int taps>
+INLINE void SumRotation(typename Policy::Sum (&sums)[taps][width],
+                        Vector<typename Policy::Element> (&x)[taps],
+                        Vector<typename Policy::Element> y) {
+  y = Rotated<width, rotation>(y);
+  UNROLL for (int t = 0; t < taps; t++) Policy::MultiplyAdd(sums[t][rotation], x[t], y);
 }
-template <class Policy, int width, int taps, int... turn>
-INLINE void SumTurns(const Products<Policy>& p, std::integer_sequence<int, turn...>) {
+template <class Policy, int width, int taps, int... rotation>
+INLINE void SumAllRotations(const ProductArguments<Policy>& p,
+                            std::integer_sequence<int, rotation...>) {
   using V = Vector<typename Policy::Element>;
   using Sum = typename Policy::Sum;
   constexpr int lanes = kLanes<Policy>;
@@ -263,7 +278,7 @@ INLINE void SumTurns(const Products<Policy>& p, std::integer_sequence<int, turn.
       V x[taps];
       UNROLL for (int t = 0; t < taps; t++) x[t] = Load<V>(operand + t * p.column_gap);
       V y = Load<V>(other);
-      (SumTurned<Policy, width, turn, taps>(sums, x, y), ...);
+      (SumRotation<Policy, width, rotation, taps>(sums, x, y), ...);
     }
   }
   UNROLL for (int t = 0; t < taps; t++) {
@@ -273,11 +288,11 @@ INLINE void SumTurns(const Products<Policy>& p, std::integer_sequence<int, turn.
   }
 }
 template <class Policy, int width, int taps>
-void SumRotations(const Products<Policy>& p) {
-  SumTurns<Policy, width, taps>(p, std::make_integer_sequence<int, width>{});
+void SumRotations(const ProductArguments<Policy>& p) {
+  SumAllRotations<Policy, width, taps>(p, std::make_integer_sequence<int, width>{});
 }
 
 }  // namespace INSTRUCTION_SET
 }  // namespace grouped_conv
 
-#endif  // GROUPED_CONV_KERNELS_H_
+#endif  // GROUPED_CONV_REGISTER_KERNELS_H_
