@@ -100,445 +100,238 @@ def random(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
+
+def conv(
+    name: str,
+    lhs: tuple[int, ...],
+    rhs: tuple[int, ...],
+    window_strides: Any,
+    padding: Any,
+    feature_group_count: int = 1,
+    layout: Any = None,
+    representative: bool = False,
+    **more: Any,
+) -> Case:
+    """Returns a case from the arguments of a convolution."""
+    arguments = {"window_strides": window_strides, "padding": padding, **more}
+    if feature_group_count != 1:
+        arguments["feature_group_count"] = feature_group_count
+    if layout is not None:
+        arguments["dimension_numbers"] = layout
+    return Case(name, lhs, rhs, arguments, representative)
+
+
 CASES = [
     # Ranks.
-    Case(
-        "rank 0",
-        (5, 4),
-        (6, 2),
-        {"window_strides": (), "padding": (), "feature_group_count": 2},
-    ),
-    Case(
-        "rank 0, outputs before inputs",
-        (4, 5),
-        (2, 6),
-        {
-            "window_strides": (),
-            "padding": "SAME",
-            "dimension_numbers": ("CN", "IO", "CN"),
-            "feature_group_count": 2,
-        },
-    ),
-    Case(
-        "rank 1",
-        (3, 4, 9),
-        (6, 2, 3),
-        {"window_strides": (2,), "padding": "SAME", "feature_group_count": 2},
-        representative=True,
-    ),
-    Case(
-        "rank 1, features last",
-        (2, 8, 6),
-        (4, 2, 3),
-        {
-            "window_strides": (1,),
-            "padding": [(3, 0)],
-            "dimension_numbers": ("NWC", "WIO", "NWC"),
-            "feature_group_count": 3,
-        },
-    ),
-    Case(
+    conv("rank 0", (5, 4), (6, 2), (), (), 2),
+    conv("rank 0, outputs before inputs", (4, 5), (2, 6), (), "SAME", 2, ("CN", "IO", "CN")),
+    conv("rank 1", (3, 4, 9), (6, 2, 3), (2,), "SAME", 2, representative=True),
+    conv("rank 1, features last", (2, 8, 6), (4, 2, 3), (1,), [(3, 0)], 3, ("NWC", "WIO", "NWC")),
+    conv(
         "rank 3",
         (2, 4, 4, 5, 3),
         (6, 2, 2, 3, 1),
-        {
-            "window_strides": (1, 2, 1),
-            "padding": [(1, 0), (1, 1), (0, 0)],
-            "lhs_dilation": (1, 1, 2),
-            "rhs_dilation": (2, 1, 1),
-            "feature_group_count": 2,
-        },
+        (1, 2, 1),
+        [(1, 0), (1, 1), (0, 0)],
+        2,
+        lhs_dilation=(1, 1, 2),
+        rhs_dilation=(2, 1, 1),
     ),
-    Case(
+    conv(
         "rank 3, features last",
         (1, 4, 3, 5, 6),
         (2, 2, 3, 2, 3),
-        {
-            "window_strides": (2, 1, 2),
-            "padding": "SAME",
-            "dimension_numbers": ("NDHWC", "DHWIO", "NDHWC"),
-            "feature_group_count": 3,
-        },
+        (2, 1, 2),
+        "SAME",
+        3,
+        ("NDHWC", "DHWIO", "NDHWC"),
     ),
     # Layouts, with strides and paddings that tell the spatial dimensions apart.
-    Case(
-        "NCHW",
-        (2, 4, 7, 6),
-        (6, 2, 3, 2),
-        {"window_strides": (2, 1), "padding": [(1, 2), (0, 1)], "feature_group_count": 2},
+    conv("NCHW", (2, 4, 7, 6), (6, 2, 3, 2), (2, 1), [(1, 2), (0, 1)], 2),
+    conv(
+        "NHWC", (2, 7, 6, 4), (3, 2, 2, 6), (2, 1), [(1, 2), (0, 1)], 2, NHWC, representative=True
     ),
-    Case(
-        "NHWC",
-        (2, 7, 6, 4),
-        (3, 2, 2, 6),
-        {
-            "window_strides": (2, 1),
-            "padding": [(1, 2), (0, 1)],
-            "dimension_numbers": NHWC,
-            "feature_group_count": 2,
-        },
-        representative=True,
-    ),
-    Case(
+    conv(
         "CNHW to NHCW",
         (4, 2, 7, 6),
         (2, 3, 2, 6),
-        {
-            "window_strides": (2, 1),
-            "padding": [(1, 2), (0, 1)],
-            "dimension_numbers": ("CNHW", "IHWO", "NHCW"),
-            "feature_group_count": 2,
-        },
+        (2, 1),
+        [(1, 2), (0, 1)],
+        2,
+        ("CNHW", "IHWO", "NHCW"),
     ),
-    Case(
+    conv(
         "spatial letters in three orders",
         (2, 7, 6, 4),
         (2, 3, 2, 6),
-        {
-            "window_strides": (1, 2),
-            "padding": [(0, 1), (1, 2)],
-            "rhs_dilation": (2, 1),
-            "dimension_numbers": ("NHWC", "WHIO", "NWHC"),
-            "feature_group_count": 2,
-        },
+        (1, 2),
+        [(0, 1), (1, 2)],
+        2,
+        ("NHWC", "WHIO", "NWHC"),
+        rhs_dilation=(2, 1),
     ),
-    Case(
+    conv(
         "ConvDimensionNumbers",
         (7, 4, 6, 2),
         (3, 6, 2, 2),
-        {
-            "window_strides": (1, 3),
-            "padding": [(0, 1), (1, 2)],
-            "dimension_numbers": lax.ConvDimensionNumbers((3, 1, 2, 0), (1, 2, 3, 0), (2, 3, 1, 0)),
-            "feature_group_count": 2,
-        },
+        (1, 3),
+        [(0, 1), (1, 2)],
+        2,
+        lax.ConvDimensionNumbers((3, 1, 2, 0), (1, 2, 3, 0), (2, 3, 1, 0)),
     ),
     # Strides and dilations.
-    Case(
-        "strides that do not reach the last rows",
-        (2, 2, 8, 9),
-        (4, 1, 3, 2),
-        {"window_strides": (3, 4), "padding": "VALID", "feature_group_count": 2},
-    ),
-    Case(
-        "strides larger than the kernel",
-        (2, 4, 9, 8),
-        (4, 2, 1, 2),
-        {"window_strides": (3, 3), "padding": "SAME", "feature_group_count": 2},
-    ),
-    Case(
+    conv("strides that do not reach the last rows", (2, 2, 8, 9), (4, 1, 3, 2), (3, 4), "VALID", 2),
+    conv("strides larger than the kernel", (2, 4, 9, 8), (4, 2, 1, 2), (3, 3), "SAME", 2),
+    conv(
         "input dilated",
         (2, 4, 4, 3),
         (6, 2, 3, 3),
-        {
-            "window_strides": (1, 1),
-            "padding": [(2, 1), (0, 2)],
-            "lhs_dilation": (2, 3),
-            "feature_group_count": 2,
-        },
+        (1, 1),
+        [(2, 1), (0, 2)],
+        2,
+        lhs_dilation=(2, 3),
     ),
-    Case(
-        "kernel dilated",
-        (2, 4, 8, 7),
-        (6, 2, 3, 2),
-        {
-            "window_strides": (1, 1),
-            "padding": "VALID",
-            "rhs_dilation": (2, 3),
-            "feature_group_count": 2,
-        },
+    conv("kernel dilated", (2, 4, 8, 7), (6, 2, 3, 2), (1, 1), "VALID", 2, rhs_dilation=(2, 3)),
+    conv(
+        "kernel dilated, SAME", (2, 4, 8, 7), (4, 2, 3, 2), (2, 1), "SAME", 2, rhs_dilation=(2, 3)
     ),
-    Case(
-        "kernel dilated, SAME",
-        (2, 4, 8, 7),
-        (4, 2, 3, 2),
-        {
-            "window_strides": (2, 1),
-            "padding": "SAME",
-            "rhs_dilation": (2, 3),
-            "feature_group_count": 2,
-        },
-    ),
-    Case(
+    conv(
         "both dilated, strided, cropped, three groups",
         (6, 2, 5, 6),
         (2, 3, 2, 9),
-        {
-            "window_strides": (2, 3),
-            "padding": [(-2, 5), (3, -1)],
-            "lhs_dilation": (2, 3),
-            "rhs_dilation": (3, 2),
-            "dimension_numbers": ("CNHW", "IHWO", "NHCW"),
-            "feature_group_count": 3,
-        },
+        (2, 3),
+        [(-2, 5), (3, -1)],
+        3,
+        ("CNHW", "IHWO", "NHCW"),
+        lhs_dilation=(2, 3),
+        rhs_dilation=(3, 2),
         representative=True,
     ),
     # Paddings.
-    Case(
-        "SAME, odd remainder",
-        (1, 2, 6, 5),
-        (2, 1, 4, 2),
-        {"window_strides": (1, 2), "padding": "SAME", "feature_group_count": 2},
-    ),
-    Case(
-        "SAME_LOWER",
-        (1, 2, 6, 5),
-        (2, 1, 4, 2),
-        {"window_strides": (1, 2), "padding": "SAME_LOWER", "feature_group_count": 2},
-    ),
-    Case(
-        "lower-case same_lower",
-        (1, 2, 6, 5),
-        (2, 1, 2, 4),
-        {"window_strides": (1, 1), "padding": "same_lower", "feature_group_count": 2},
-    ),
-    Case(
-        "lower-case valid",
-        (1, 2, 6, 5),
-        (2, 1, 2, 4),
-        {"window_strides": (1, 1), "padding": "valid", "feature_group_count": 2},
-    ),
-    Case(
-        "negative padding",
-        (2, 4, 7, 8),
-        (4, 2, 3, 2),
-        {"window_strides": (1, 2), "padding": [(-1, -2), (-3, 1)], "feature_group_count": 2},
-    ),
-    Case(
-        "padding larger than the kernel",
-        (1, 4, 3, 2),
-        (4, 2, 2, 3),
-        {"window_strides": (1, 2), "padding": [(4, 3), (0, 6)], "feature_group_count": 2},
-    ),
-    Case(
-        "circular",
-        (2, 7, 6, 4),
-        (3, 2, 2, 6),
-        {
-            "window_strides": (2, 1),
-            "padding": "CIRCULAR",
-            "dimension_numbers": NHWC,
-            "feature_group_count": 2,
-        },
-        representative=True,
-    ),
-    Case(
+    conv("SAME, odd remainder", (1, 2, 6, 5), (2, 1, 4, 2), (1, 2), "SAME", 2),
+    conv("SAME_LOWER", (1, 2, 6, 5), (2, 1, 4, 2), (1, 2), "SAME_LOWER", 2),
+    conv("lower-case same_lower", (1, 2, 6, 5), (2, 1, 2, 4), (1, 1), "same_lower", 2),
+    conv("lower-case valid", (1, 2, 6, 5), (2, 1, 2, 4), (1, 1), "valid", 2),
+    conv("negative padding", (2, 4, 7, 8), (4, 2, 3, 2), (1, 2), [(-1, -2), (-3, 1)], 2),
+    conv("padding larger than the kernel", (1, 4, 3, 2), (4, 2, 2, 3), (1, 2), [(4, 3), (0, 6)], 2),
+    conv("circular", (2, 7, 6, 4), (3, 2, 2, 6), (2, 1), "CIRCULAR", 2, NHWC, representative=True),
+    conv(
         "reflected further than there is",
         (1, 2, 3, 1),
         (4, 1, 3, 3),
-        {
-            "window_strides": (1, 2),
-            "padding": [("REFLECT", (5, 4)), "reflect"],
-            "feature_group_count": 2,
-        },
+        (1, 2),
+        [("REFLECT", (5, 4)), "reflect"],
+        2,
     ),
-    Case(
+    conv(
         "replicated, kernel dilated",
         (2, 4, 6, 5),
         (2, 2, 2, 4),
-        {
-            "window_strides": (1, 1),
-            "padding": "REPLICATE",
-            "rhs_dilation": (3, 1),
-            "feature_group_count": 2,
-        },
+        (1, 1),
+        "REPLICATE",
+        2,
+        rhs_dilation=(3, 1),
     ),
-    Case(
-        "causal",
-        (2, 7, 4),
-        (3, 1, 8),
-        {
-            "window_strides": (1,),
-            "padding": "CAUSAL",
-            "rhs_dilation": (2,),
-            "dimension_numbers": ("NWC", "WIO", "NWC"),
-            "feature_group_count": 4,
-        },
+    conv(
+        "causal", (2, 7, 4), (3, 1, 8), (1,), "CAUSAL", 4, ("NWC", "WIO", "NWC"), rhs_dilation=(2,)
     ),
-    Case(
+    conv(
         "a padding for each dimension, input dilated, cropped",
         (2, 2, 4, 3, 5),
         (4, 1, 2, 2, 3),
-        {
-            "window_strides": (1, 1, 2),
-            "padding": [("CIRCULAR", (3, -1)), ("REPLICATE", (2, 3)), "SAME"],
-            "lhs_dilation": (2, 3, 1),
-            "feature_group_count": 2,
-        },
+        (1, 1, 2),
+        [("CIRCULAR", (3, -1)), ("REPLICATE", (2, 3)), "SAME"],
+        2,
+        lhs_dilation=(2, 3, 1),
     ),
-    Case(
+    conv(
         "two batch groups, circular and causal",
         (4, 3, 6, 5),
         (6, 3, 3, 2),
-        {
-            "window_strides": (2, 1),
-            "padding": ["CIRCULAR", ("CAUSAL", None)],
-            "batch_group_count": 2,
-        },
+        (2, 1),
+        ["CIRCULAR", ("CAUSAL", None)],
+        batch_group_count=2,
     ),
     # XLA:CPU before jax 0.12 reads past the end of an array that is cropped on the low side and
     # padded on the high side, as the first of these is, and the input gradient of the second.
-    Case(
-        "cropped before, padded after",
-        (2, 4, 7, 7),
-        (4, 2, 3, 3),
-        {"window_strides": (2, 2), "padding": [(-1, 2), (-1, 2)], "feature_group_count": 2},
-    ),
-    Case(
+    conv("cropped before, padded after", (2, 4, 7, 7), (4, 2, 3, 3), (2, 2), [(-1, 2), (-1, 2)], 2),
+    conv(
         "padded before by more than the kernel",
         (2, 4, 7, 7),
         (4, 2, 2, 2),
-        {"window_strides": (1, 1), "padding": [(3, 0), (3, 0)], "feature_group_count": 2},
+        (1, 1),
+        [(3, 0), (3, 0)],
+        2,
     ),
     # Groups.
-    Case(
-        "one group",
-        (2, 3, 6, 5),
-        (4, 3, 3, 3),
-        {"window_strides": (1, 1), "padding": "SAME"},
-    ),
-    Case(
-        "three groups, 6 to 9 features",
-        (2, 6, 5, 5),
-        (9, 2, 3, 3),
-        {"window_strides": (1, 1), "padding": "SAME", "feature_group_count": 3},
-    ),
-    Case(
-        "four groups, 8 to 4 features",
-        (2, 8, 5, 4),
-        (4, 2, 2, 3),
-        {"window_strides": (1, 1), "padding": "VALID", "feature_group_count": 4},
-    ),
-    Case(
-        "depthwise",
-        (2, 8, 6, 5),
-        (8, 1, 3, 3),
-        {"window_strides": (1, 1), "padding": "SAME", "feature_group_count": 8},
-    ),
-    Case(
+    conv("one group", (2, 3, 6, 5), (4, 3, 3, 3), (1, 1), "SAME"),
+    conv("three groups, 6 to 9 features", (2, 6, 5, 5), (9, 2, 3, 3), (1, 1), "SAME", 3),
+    conv("four groups, 8 to 4 features", (2, 8, 5, 4), (4, 2, 2, 3), (1, 1), "VALID", 4),
+    conv("depthwise", (2, 8, 6, 5), (8, 1, 3, 3), (1, 1), "SAME", 8),
+    conv(
         "depthwise, multiplier 2",
         (2, 6, 5, 4),
         (3, 3, 1, 8),
-        {
-            "window_strides": (2, 1),
-            "padding": "SAME",
-            "dimension_numbers": NHWC,
-            "feature_group_count": 4,
-        },
+        (2, 1),
+        "SAME",
+        4,
+        NHWC,
         representative=True,
     ),
-    Case(
-        "depthwise, multiplier 3",
-        (2, 4, 6, 5),
-        (12, 1, 2, 3),
-        {"window_strides": (1, 1), "padding": "VALID", "feature_group_count": 4},
-    ),
-    Case(
+    conv("depthwise, multiplier 3", (2, 4, 6, 5), (12, 1, 2, 3), (1, 1), "VALID", 4),
+    conv(
         "two batch groups",
         (4, 3, 6, 5),
         (6, 3, 3, 2),
-        {"window_strides": (2, 1), "padding": [(1, 0), (0, 1)], "batch_group_count": 2},
+        (2, 1),
+        [(1, 0), (0, 1)],
+        batch_group_count=2,
         representative=True,
     ),
-    Case(
+    conv(
         "three batch groups, features last",
         (6, 5, 4, 2),
         (2, 3, 2, 3),
-        {
-            "window_strides": (1, 1),
-            "padding": "SAME",
-            "rhs_dilation": (2, 1),
-            "dimension_numbers": NHWC,
-            "batch_group_count": 3,
-        },
+        (1, 1),
+        "SAME",
+        layout=NHWC,
+        rhs_dilation=(2, 1),
+        batch_group_count=3,
     ),
-    Case(
+    conv(
         "two batch groups, batch between the features",
         (3, 4, 5),
         (3, 2, 4),
-        {
-            "window_strides": (1,),
-            "padding": [(1, 1)],
-            "lhs_dilation": (2,),
-            "dimension_numbers": ("CNW", "IWO", "WNC"),
-            "batch_group_count": 2,
-        },
+        (1,),
+        [(1, 1)],
+        layout=("CNW", "IWO", "WNC"),
+        lhs_dilation=(2,),
+        batch_group_count=2,
     ),
     # Kernels.
-    Case(
-        "kernel 1x1",
-        (2, 4, 3, 4),
-        (6, 2, 1, 1),
-        {"window_strides": (1, 1), "padding": "VALID", "feature_group_count": 2},
-    ),
-    Case(
-        "kernel 1x1, strided",
-        (2, 4, 5, 4),
-        (2, 2, 1, 1),
-        {"window_strides": (2, 3), "padding": "SAME", "feature_group_count": 2},
-    ),
-    Case(
-        "kernel 2x4",
-        (2, 4, 5, 6),
-        (4, 2, 2, 4),
-        {"window_strides": (1, 1), "padding": "SAME", "feature_group_count": 2},
-    ),
-    Case(
-        "kernel as large as the input",
-        (2, 4, 3, 4),
-        (6, 2, 3, 4),
-        {"window_strides": (1, 1), "padding": "VALID", "feature_group_count": 2},
-    ),
+    conv("kernel 1x1", (2, 4, 3, 4), (6, 2, 1, 1), (1, 1), "VALID", 2),
+    conv("kernel 1x1, strided", (2, 4, 5, 4), (2, 2, 1, 1), (2, 3), "SAME", 2),
+    conv("kernel 2x4", (2, 4, 5, 6), (4, 2, 2, 4), (1, 1), "SAME", 2),
+    conv("kernel as large as the input", (2, 4, 3, 4), (6, 2, 3, 4), (1, 1), "VALID", 2),
     # Nothing to compute.
-    Case(
-        "kernel larger than the input",
-        (2, 4, 3, 6),
-        (4, 2, 5, 3),
-        {"window_strides": (1, 1), "padding": "VALID", "feature_group_count": 2},
-    ),
-    Case(
+    conv("kernel larger than the input", (2, 4, 3, 6), (4, 2, 5, 3), (1, 1), "VALID", 2),
+    conv(
         "cropped to nothing",
         (2, 4, 4, 3),
         (4, 2, 3, 3),
-        {
-            "window_strides": (1, 1),
-            "padding": [(-8, 6), (1, 1)],
-            "lhs_dilation": (2, 2),
-            "feature_group_count": 2,
-        },
+        (1, 1),
+        [(-8, 6), (1, 1)],
+        2,
+        lhs_dilation=(2, 2),
         representative=True,
     ),
-    Case(
-        "no examples",
-        (0, 4, 5, 5),
-        (4, 2, 3, 3),
-        {"window_strides": (1, 1), "padding": "SAME", "feature_group_count": 2},
-        representative=True,
+    conv("no examples", (0, 4, 5, 5), (4, 2, 3, 3), (1, 1), "SAME", 2, representative=True),
+    conv(
+        "no examples, batch groups", (0, 4, 5, 5), (4, 4, 3, 3), (1, 1), "SAME", batch_group_count=2
     ),
-    Case(
-        "no examples, batch groups",
-        (0, 4, 5, 5),
-        (4, 4, 3, 3),
-        {"window_strides": (1, 1), "padding": "SAME", "batch_group_count": 2},
-    ),
-    Case(
-        "no outputs",
-        (2, 4, 5, 5),
-        (0, 2, 3, 3),
-        {"window_strides": (1, 1), "padding": "SAME", "feature_group_count": 2},
-    ),
-    Case(
-        "no inputs",
-        (2, 0, 5, 5),
-        (4, 0, 3, 3),
-        {"window_strides": (1, 1), "padding": "SAME", "feature_group_count": 2},
-    ),
-    Case(
-        "no rows, padded",
-        (2, 4, 0, 5),
-        (4, 2, 3, 3),
-        {"window_strides": (1, 1), "padding": [(2, 2), (1, 1)], "feature_group_count": 2},
-    ),
+    conv("no outputs", (2, 4, 5, 5), (0, 2, 3, 3), (1, 1), "SAME", 2),
+    conv("no inputs", (2, 0, 5, 5), (4, 0, 3, 3), (1, 1), "SAME", 2),
+    conv("no rows, padded", (2, 4, 0, 5), (4, 2, 3, 3), (1, 1), [(2, 2), (1, 1)], 2),
 ]
 
 assert len({case.name for case in CASES}) == len(CASES), "names must be unique"

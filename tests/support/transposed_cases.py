@@ -101,190 +101,102 @@ def _pairs(
     return found
 
 
+def conv(
+    name: str,
+    lhs: tuple[int, ...],
+    rhs: tuple[int, ...],
+    strides: Any,
+    padding: Any,
+    feature_group_count: int = 1,
+    layout: Any = None,
+    representative: bool = False,
+    **more: Any,
+) -> Transposed:
+    """Returns a case from the arguments of a transposed convolution."""
+    arguments = {"strides": strides, "padding": padding, **more}
+    if feature_group_count != 1:
+        arguments["feature_group_count"] = feature_group_count
+    if layout is not None:
+        arguments["dimension_numbers"] = layout
+    return Transposed(name, lhs, rhs, arguments, representative)
+
+
 TRANSPOSED: list[Case] = [
-    Transposed(
-        "rank 0",
-        (5, 4),
-        (6, 2),
-        {
-            "strides": (),
-            "padding": (),
-            "dimension_numbers": ("NC", "OI", "NC"),
-            "feature_group_count": 2,
-        },
-    ),
-    Transposed(
+    conv("rank 0", (5, 4), (6, 2), (), (), 2, ("NC", "OI", "NC")),
+    conv(
         "rank 1, SAME",
         (2, 5, 6),
         (3, 2, 9),
-        {
-            "strides": (2,),
-            "padding": "SAME",
-            "dimension_numbers": ("NWC", "WIO", "NWC"),
-            "feature_group_count": 3,
-        },
+        (2,),
+        "SAME",
+        3,
+        ("NWC", "WIO", "NWC"),
         representative=True,
     ),
-    Transposed(
-        "NHWC, VALID",
-        (2, 4, 3, 4),
-        (3, 2, 2, 6),
-        {
-            "strides": (2, 1),
-            "padding": "VALID",
-            "dimension_numbers": NHWC,
-            "feature_group_count": 2,
-        },
-        representative=True,
-    ),
-    Transposed(
+    conv("NHWC, VALID", (2, 4, 3, 4), (3, 2, 2, 6), (2, 1), "VALID", 2, NHWC, representative=True),
+    conv(
         "as PyTorch has it",
         (2, 4, 4, 3),
         (4, 3, 3, 2),
-        {
-            "strides": (3, 2),
-            "padding": [(1, 1), (1, 1)],
-            "rhs_dilation": (1, 2),
-            "dimension_numbers": NCHW,
-            "feature_group_count": 2,
-            "transpose_kernel": True,
-            "output_padding": (2, 1),
-        },
+        (3, 2),
+        [(1, 1), (1, 1)],
+        2,
+        NCHW,
+        rhs_dilation=(1, 2),
+        transpose_kernel=True,
+        output_padding=(2, 1),
         representative=True,
     ),
-    Transposed(
+    conv(
         "transposed kernel, NHWC, three groups",
         (2, 3, 4, 6),
         (2, 3, 2, 6),
-        {
-            "strides": (1, 2),
-            "padding": "SAME",
-            "dimension_numbers": NHWC,
-            "feature_group_count": 3,
-            "transpose_kernel": True,
-        },
+        (1, 2),
+        "SAME",
+        3,
+        NHWC,
+        transpose_kernel=True,
     ),
-    Transposed(
+    conv(
         "rank 3, cropped, in another layout",
         (4, 2, 3, 2, 4),
         (2, 6, 1, 2, 3),
-        {
-            "strides": (2, 1, 3),
-            "padding": [(2, -1), (0, 1), (-2, 3)],
-            "rhs_dilation": (1, 2, 1),
-            "dimension_numbers": ("CNDHW", "IODHW", "NDHWC"),
-            "feature_group_count": 2,
-        },
+        (2, 1, 3),
+        [(2, -1), (0, 1), (-2, 3)],
+        2,
+        ("CNDHW", "IODHW", "NDHWC"),
+        rhs_dilation=(1, 2, 1),
     ),
-    Transposed(
-        "stride larger than the kernel",
-        (2, 3, 4, 4),
-        (1, 2, 2, 4),
-        {
-            "strides": (3, 3),
-            "padding": "SAME",
-            "dimension_numbers": NHWC,
-            "feature_group_count": 2,
-        },
-    ),
-    Transposed(
-        "depthwise",
-        (2, 4, 3, 8),
-        (3, 3, 1, 8),
-        {
-            "strides": (2, 2),
-            "padding": "SAME",
-            "dimension_numbers": NHWC,
-            "feature_group_count": 8,
-        },
-        representative=True,
-    ),
-    Transposed(
-        "one group",
-        (2, 4, 3, 3),
-        (3, 2, 3, 4),
-        {"strides": (2, 1), "padding": [(2, 3), (0, 1)], "dimension_numbers": NHWC},
-    ),
-    Transposed(
+    conv("stride larger than the kernel", (2, 3, 4, 4), (1, 2, 2, 4), (3, 3), "SAME", 2, NHWC),
+    conv("depthwise", (2, 4, 3, 8), (3, 3, 1, 8), (2, 2), "SAME", 8, NHWC, representative=True),
+    conv("one group", (2, 4, 3, 3), (3, 2, 3, 4), (2, 1), [(2, 3), (0, 1)], layout=NHWC),
+    conv(
         "circular and reflected",
         (2, 4, 3, 4),
         (3, 4, 2, 6),
-        {
-            "strides": (2, 1),
-            "padding": ["CIRCULAR", ("REFLECT", (2, 3))],
-            "dimension_numbers": NHWC,
-            "feature_group_count": 2,
-        },
+        (2, 1),
+        ["CIRCULAR", ("REFLECT", (2, 3))],
+        2,
+        NHWC,
     ),
-    Transposed(
+    conv(
         "replicated and cropped, with a transposed kernel",
         (2, 4, 3, 4),
         (4, 3, 3, 2),
-        {
-            "strides": (3, 2),
-            "padding": [("REPLICATE", (4, -1)), ("CIRCULAR", (1, 5))],
-            "dimension_numbers": NCHW,
-            "feature_group_count": 2,
-            "transpose_kernel": True,
-            "output_padding": (0, 1),
-        },
+        (3, 2),
+        [("REPLICATE", (4, -1)), ("CIRCULAR", (1, 5))],
+        2,
+        NCHW,
+        transpose_kernel=True,
+        output_padding=(0, 1),
     ),
-    Transposed(
-        "causal",
-        (2, 5, 4),
-        (3, 2, 6),
-        {
-            "strides": (2,),
-            "padding": "CAUSAL",
-            "rhs_dilation": (2,),
-            "dimension_numbers": ("NWC", "WIO", "NWC"),
-            "feature_group_count": 2,
-        },
+    conv(
+        "causal", (2, 5, 4), (3, 2, 6), (2,), "CAUSAL", 2, ("NWC", "WIO", "NWC"), rhs_dilation=(2,)
     ),
-    Transposed(
-        "no rows, padded",
-        (2, 0, 3, 4),
-        (3, 2, 2, 6),
-        {
-            "strides": (2, 1),
-            "padding": [(3, 2), (0, 1)],
-            "dimension_numbers": NHWC,
-            "feature_group_count": 2,
-        },
-    ),
-    Transposed(
-        "no examples",
-        (0, 3, 3, 4),
-        (3, 2, 2, 6),
-        {
-            "strides": (2, 1),
-            "padding": "SAME",
-            "dimension_numbers": NHWC,
-            "feature_group_count": 2,
-        },
-    ),
-    Transposed(
-        "no inputs",
-        (2, 3, 3, 0),
-        (3, 2, 0, 6),
-        {
-            "strides": (2, 1),
-            "padding": "SAME",
-            "dimension_numbers": NHWC,
-            "feature_group_count": 2,
-        },
-    ),
-    Transposed(
-        "no outputs",
-        (2, 3, 3, 4),
-        (3, 2, 2, 0),
-        {
-            "strides": (2, 1),
-            "padding": "SAME",
-            "dimension_numbers": NHWC,
-            "feature_group_count": 2,
-        },
-    ),
+    conv("no rows, padded", (2, 0, 3, 4), (3, 2, 2, 6), (2, 1), [(3, 2), (0, 1)], 2, NHWC),
+    conv("no examples", (0, 3, 3, 4), (3, 2, 2, 6), (2, 1), "SAME", 2, NHWC),
+    conv("no inputs", (2, 3, 3, 0), (3, 2, 0, 6), (2, 1), "SAME", 2, NHWC),
+    conv("no outputs", (2, 3, 3, 4), (3, 2, 2, 0), (2, 1), "SAME", 2, NHWC),
 ]
 every_transposed = each_case(TRANSPOSED)
 representative_transposed = each_case([case for case in TRANSPOSED if case.representative])
