@@ -45,19 +45,13 @@ LAYERS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 }
 
 each_layer = pytest.mark.parametrize(("arguments", "shape"), LAYERS.values(), ids=LAYERS)
-each_implementation = pytest.mark.parametrize(
-    "implementation", [None, pytest.param("xla", marks=pytest.mark.slow)]
-)
 
 
-@each_implementation
 @each_layer
-def test_linen_equals_flax(arguments, shape, implementation):
+def test_linen_equals_flax(arguments, shape):
     x = jnp.asarray(random("x", shape, np.float32))
     flax = linen.Conv(features=12, feature_group_count=3, **arguments)
-    ours = grouped_conv_jax.linen.GroupedConv(
-        features=12, feature_group_count=3, implementation=implementation, **arguments
-    )
+    ours = grouped_conv_jax.linen.GroupedConv(features=12, feature_group_count=3, **arguments)
     params = flax.init(jax.random.key(0), x)
     jax.tree.map(np.testing.assert_array_equal, ours.init(jax.random.key(0), x), params)
     assert_trees_close(
@@ -67,9 +61,8 @@ def test_linen_equals_flax(arguments, shape, implementation):
     )
 
 
-@each_implementation
 @each_layer
-def test_nnx_equals_flax(arguments, shape, implementation):
+def test_nnx_equals_flax(arguments, shape):
     x = jnp.asarray(random("x", shape, np.float32))
 
     def results(layer):
@@ -80,7 +73,7 @@ def test_nnx_equals_flax(arguments, shape, implementation):
         return y, nnx.to_pure_dict(grads[0]), grads[1], nnx.to_pure_dict(params)
 
     ours = grouped_conv_jax.nnx.GroupedConv(
-        6, 12, feature_group_count=3, implementation=implementation, rngs=nnx.Rngs(0), **arguments
+        6, 12, feature_group_count=3, rngs=nnx.Rngs(0), **arguments
     )
     flax = nnx.Conv(6, 12, feature_group_count=3, rngs=nnx.Rngs(0), **arguments)
     assert_trees_close(results(ours), results(flax), arguments.get("dtype"))
@@ -101,56 +94,6 @@ def test_flax_takes_the_op_as_its_convolution():
         np.asarray(ours(variables, x)), np.asarray(plain(variables, x)), rtol=1e-5, atol=1e-5
     )
     assert len(convolutions(layer.apply, variables, x)) == 1
-
-
-@pytest.mark.parametrize("implementation", [None, "xla"])
-def test_the_implementation_is_passed_on(implementation):
-    x = jnp.ones((1, 4, 4, 6))
-    layer = grouped_conv_jax.nnx.GroupedConv(
-        6, 6, (1, 1), feature_group_count=2, implementation=implementation, rngs=nnx.Rngs(0)
-    )
-    (equation,) = convolutions(layer, x)
-    assert equation.params["implementation"] == implementation
-    layer = grouped_conv_jax.linen.GroupedConv(
-        6, (1, 1), feature_group_count=2, implementation=implementation
-    )
-    variables = layer.init(jax.random.key(0), x)
-    (equation,) = convolutions(layer.apply, variables, x)
-    assert equation.params["implementation"] == implementation
-
-
-def test_groups_are_required():
-    with pytest.raises(TypeError, match="feature_group_count"):
-        grouped_conv_jax.nnx.GroupedConv(6, 12, (3, 3), rngs=nnx.Rngs(0))  # pyright: ignore
-    with pytest.raises(TypeError, match="feature_group_count"):
-        grouped_conv_jax.linen.GroupedConv(12, (3, 3))  # pyright: ignore
-
-
-@pytest.mark.parametrize(
-    ("groups", "error", "message"),
-    [
-        (4, ValueError, r"feature_group_count=4 does not divide the input features \(6\)"),
-        (6, ValueError, r"feature_group_count=6 does not divide the output features \(8\)"),
-        (0, ValueError, "at least 1, got 0"),
-        (2.0, TypeError, "got 2.0"),
-        (True, TypeError, "boolean"),
-    ],
-)
-def test_bad_groups_are_refused_when_the_layer_is_made_or_called(groups, error, message):
-    with pytest.raises(error, match=message):
-        grouped_conv_jax.nnx.GroupedConv(6, 8, (3, 3), feature_group_count=groups, rngs=nnx.Rngs(0))
-    layer = grouped_conv_jax.linen.GroupedConv(8, (3, 3), feature_group_count=groups)
-    with pytest.raises(error, match=message):
-        layer.init(jax.random.key(0), jnp.ones((1, 4, 4, 6)))
-
-
-def test_an_unknown_implementation_is_refused_when_the_layer_is_made():
-    with pytest.raises(ValueError, match="unknown implementation 'fast'; known: xla, lax"):
-        grouped_conv_jax.nnx.GroupedConv(
-            6, 6, (3, 3), feature_group_count=2, implementation="fast", rngs=nnx.Rngs(0)
-        )
-    with pytest.raises(ValueError, match="unknown implementation 'fast'; known: xla, lax"):
-        grouped_conv_jax.linen.GroupedConv(6, (3, 3), feature_group_count=2, implementation="fast")
 
 
 def test_a_convolution_of_ones_own_is_refused():

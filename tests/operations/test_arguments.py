@@ -75,16 +75,6 @@ WRONG = {
         TypeError,
         ["feature_group_count", "integer", "True"],
     ),
-    "groups as a string": (
-        {"feature_group_count": "2"},
-        TypeError,
-        ["feature_group_count", "integer", "'2'"],
-    ),
-    "groups as None": (
-        {"feature_group_count": None},
-        TypeError,
-        ["feature_group_count", "integer", "None"],
-    ),
     "batch groups do not divide the batch": (
         {"feature_group_count": 1, "batch_group_count": 3, "rhs": ones((6, 6, 3, 3))},
         ValueError,
@@ -94,16 +84,6 @@ WRONG = {
         {"feature_group_count": 1, "batch_group_count": 4, "rhs": ones((6, 6, 3, 3))},
         ValueError,
         ["batch_group_count=4", "output features of rhs", "(6)", "divisors: 1, 2, 3, 6"],
-    ),
-    "batch groups as a float": (
-        {"batch_group_count": 2.0},
-        TypeError,
-        ["batch_group_count", "integer", "2.0"],
-    ),
-    "batch groups as a boolean": (
-        {"batch_group_count": True},
-        TypeError,
-        ["batch_group_count", "integer", "True"],
     ),
     "no batch groups": ({"batch_group_count": 0}, ValueError, ["batch_group_count", "0"]),
     "groups of features and of the batch": (
@@ -145,17 +125,11 @@ WRONG = {
         ValueError,
         ["window_strides", "2 spatial", "got 1", "(1,)"],
     ),
-    "too many strides": (
-        {"window_strides": (1, 2, 3)},
-        ValueError,
-        ["window_strides", "2 spatial", "got 3", "(1, 2, 3)"],
-    ),
     "a stride as an integer": (
         {"window_strides": 2},
         TypeError,
         ["window_strides", "sequence", "got 2"],
     ),
-    "no strides": ({"window_strides": None}, TypeError, ["window_strides", "sequence", "None"]),
     "strides as a string": ({"window_strides": "11"}, TypeError, ["window_strides", "'11'"]),
     "a stride of 0": ({"window_strides": (1, 0)}, ValueError, ["window_strides", "(1, 0)"]),
     "a negative stride": ({"window_strides": (-1, 1)}, ValueError, ["strides", "(-1, 1)"]),
@@ -165,15 +139,7 @@ WRONG = {
         ValueError,
         ["rhs_dilation", "2 spatial", "got 1"],
     ),
-    "too many dilations of the input": (
-        {"lhs_dilation": (1, 1, 1)},
-        ValueError,
-        ["lhs_dilation", "2 spatial", "got 3"],
-    ),
     "a dilation of 0": ({"rhs_dilation": (0, 1)}, ValueError, ["rhs_dilation", "(0, 1)"]),
-    "an input dilation of 0": ({"lhs_dilation": (1, 0)}, ValueError, ["lhs_dilation", "(1, 0)"]),
-    "a dilation as an integer": ({"rhs_dilation": 2}, TypeError, ["rhs_dilation", "got 2"]),
-    "a dilation as a float": ({"rhs_dilation": (1.0, 1)}, TypeError, ["rhs_dilation", "1.0"]),
     # Padding.
     "an unknown padding": (
         {"padding": "FULL"},
@@ -181,9 +147,7 @@ WRONG = {
         ["padding", "'FULL'", "SAME", "SAME_LOWER", "VALID"],
     ),
     "a padding as an integer": ({"padding": 1}, TypeError, ["padding", "pairs", "1"]),
-    "no padding": ({"padding": None}, TypeError, ["padding", "pairs", "None"]),
     "too few paddings": ({"padding": [(1, 1)]}, ValueError, ["padding", "2 spatial", "got 1"]),
-    "too many paddings": ({"padding": [(1, 1)] * 3}, ValueError, ["padding", "2", "got 3"]),
     "integers as paddings": ({"padding": (1, 1)}, ValueError, ["padding", "pairs", "1"]),
     "triples as paddings": ({"padding": [(1, 1, 1)] * 2}, ValueError, ["pairs", "(1, 1, 1)"]),
     "an unknown padding of one dimension": (
@@ -205,11 +169,6 @@ WRONG = {
         {"padding": [("REFLECT", ("CIRCULAR", None)), (1, 1)]},
         TypeError,
         ["padding", "'CIRCULAR'"],
-    ),
-    "a mode of floats": (
-        {"padding": [("REFLECT", (1.0, 1)), (1, 1)]},
-        TypeError,
-        ["padding", "1.0"],
     ),
     "nothing to repeat": (
         {"padding": ["CIRCULAR", "SAME"], "lhs": ones((4, 6, 0, 5))},
@@ -274,12 +233,6 @@ WRONG = {
     # The rest.
     "an unknown precision": ({"precision": "superb"}, ValueError, ["recision", "superb"]),
     "three precisions": ({"precision": ("high",) * 3}, ValueError, ["recision", "high"]),
-    "precisions of lists": (
-        {"precision": [["high"], "high"]},
-        (ValueError, TypeError),
-        ["recision", "high"],
-    ),
-    "a dict as a precision": ({"precision": {"high": 1}}, (ValueError, TypeError), ["recision"]),
     "a narrower result": (
         {"preferred_element_type": jnp.bfloat16},
         TypeError,

@@ -262,43 +262,6 @@ def test_its_multiply_adds_are_those_of_the_convolution():
 # Transformations.
 
 
-@pytest.mark.usefixtures("x64")
-def test_second_derivatives_are_those_of_lax():
-    case = one_group(named("both dilated, strided, cropped, three groups")[0])
-    x, w, y = random_operands(case, np.float64)
-
-    def compute(function):
-        def wave(x, w):
-            return jnp.sum(jnp.sin(function(x, w)) * y)
-
-        def norm(x, w):
-            return sum(jnp.sum(g**2) for g in jax.grad(wave, (0, 1))(x, w))
-
-        return jax.jit(
-            lambda x, w: (jax.grad(norm, (0, 1))(x, w), jax.jvp(norm, (x, w), (x, -w))[1])
-        )(x, w)
-
-    actual, expected = (jax.tree.leaves(compute(f(case))) for f in (local, lax_local))
-    for a, e in zip(actual, expected, strict=True):
-        np.testing.assert_allclose(a, e, 1e-10, 1e-10 * np.abs(e).max())
-
-
-@pytest.mark.parametrize("in_axes", [(0, None), (None, 1), (1, -1)], ids=str)
-def test_vmap_is_a_loop(in_axes):
-    (case,) = named("NHWC")
-    shapes = case.lhs, kernels_shape(case)
-    stacks = [random(f"stack {i}", (3, *shape), np.float32) for i, shape in enumerate(shapes)]
-    operands = [
-        s[0] if axis is None else np.moveaxis(s, 0, axis)
-        for s, axis in zip(stacks, in_axes, strict=True)
-    ]
-    actual = jax.jit(jax.vmap(local(case), in_axes))(*operands)
-    y = np.zeros(case.out)
-    for i, out in enumerate(actual):
-        x, w = (s[0 if axis is None else i] for s, axis in zip(stacks, in_axes, strict=True))
-        oracle.assert_close(out, contractions(case, x, w, y)[0], 64)
-
-
 SHARDED = Case(
     "sharded",
     (8, 6, 5, 8),

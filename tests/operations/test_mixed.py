@@ -290,50 +290,6 @@ def test_the_implementation_and_the_precision_are_for_every_part():
     assert [e.params["spec"].precision for e in found] == ["highest"] * 3
 
 
-@pytest.mark.usefixtures("x64")
-def test_second_derivatives_are_those_of_the_parts():
-    case = CASES[1]
-    lhs, rhs = case.random(np.float64)
-
-    def by_part(lhs, rhs):
-        parts = jnp.split(lhs, np.cumsum(case.sizes)[:-1], case.features)
-        outs = [p.lax_conv()(x, w) for x, w, p in zip(parts, rhs, case.parts, strict=True)]
-        return jnp.concatenate(outs, case.out_features)
-
-    def second(conv):
-        def loss(*operands):
-            return jnp.sum(jnp.sin(conv(*operands)))
-
-        def norm(*operands):
-            return sum(jnp.sum(g**2) for g in jax.tree.leaves(jax.grad(loss, (0, 1))(*operands)))
-
-        gradient = jax.grad(norm, (0, 1))
-        return jax.jit(lambda *xw: (gradient(*xw), jax.jvp(norm, xw, xw)[1]))(lhs, rhs)
-
-    actual, expected = second(case.conv()), second(by_part)
-    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, e, 1e-10, 1e-10)
-
-
-@pytest.mark.parametrize("mapped", [(True, False), (False, True), (True, True)], ids=str)
-def test_vmap_is_a_loop(mapped):
-    case = CASES[1]
-    lhs, rhs = case.random(stack=(3,))
-    axes = tuple(0 if m else None for m in mapped)
-
-    def at(i, m, x):
-        return x[i] if m else x[0]
-
-    xs = lhs if mapped[0] else lhs[0]
-    ws = rhs if mapped[1] else [w[0] for w in rhs]
-    actual = jax.jit(jax.vmap(case.conv(), axes))(xs, ws)
-    for i, out in enumerate(actual):
-        x = at(i, mapped[0], lhs)
-        kernels = [at(i, mapped[1], w) for w in rhs]
-        expected, *_ = case.contractions(x, kernels, np.zeros(case.out))
-        oracle.assert_close(out, expected, 64)
-
-
 # Sharding.
 
 

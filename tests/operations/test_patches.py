@@ -207,63 +207,6 @@ def test_the_gradient_adds_16_bit_floats_up_in_32_bits(dtype):
 # Transformations.
 
 
-def test_derivatives_of_any_kind():
-    (case,) = named("NHWC")
-    case = patches_of(case)
-    with jax.enable_x64(True):
-        x, _, y = case.random(np.float64)
-        dx = case.random(np.float64, stack=(1,))[0][0]
-
-        def patches(x):
-            return grouped_conv_patches(x, **arguments(case))
-
-        def wave(x):
-            return jnp.sum(jnp.sin(patches(x)) * y)
-
-        @jax.jit
-        def compute(x):
-            return (
-                jax.jvp(patches, (x,), (dx,))[1],
-                jax.linear_transpose(patches, x)(y)[0],
-                jax.grad(lambda x: jnp.sum(jax.grad(wave)(x) * dx))(x),
-                jax.jvp(jax.grad(wave), (x,), (dx,))[1],
-            )
-
-        tangent, transposed, *seconds = compute(x)
-    kernel = ones(case)
-    expected = oracle.forward(dx, kernel, **case.arguments)
-    np.testing.assert_array_equal(tangent, expected)
-    given = oracle.input_gradient(y, kernel, x.shape, **case.arguments)
-    oracle.assert_close(transposed, given, 8)
-    seen = oracle.forward(x, kernel, **case.arguments)
-    second = oracle.input_gradient(-np.sin(seen) * y * expected, kernel, x.shape, **case.arguments)
-    for actual in seconds:
-        oracle.assert_close(actual, second, 64)
-
-
-@pytest.mark.parametrize("axis", [0, 1, -1])
-def test_vmap_is_a_loop(axis):
-    (case,) = named("CNHW to NHCW")
-    case = patches_of(case)
-    stack = case.random(stack=(3,))[0]
-    mapped = jax.jit(jax.vmap(lambda x: grouped_conv_patches(x, **arguments(case)), axis, axis))
-    expected = [oracle.forward(x, ones(case), **case.arguments) for x in stack]
-    actual = mapped(np.moveaxis(stack, 0, axis))
-    np.testing.assert_array_equal(actual, np.moveaxis(np.stack(expected), 0, axis))
-
-
-def test_an_exported_program_takes_any_batch():
-    (case,) = named("NHWC")
-    case = patches_of(case)
-    (batch,) = export.symbolic_shape("b")
-    like = jax.ShapeDtypeStruct((batch, *case.lhs[1:]), np.float32)
-    program = export.export(jax.jit(lambda x: grouped_conv_patches(x, **arguments(case))))(like)
-    for size in (1, 5):
-        x = random("batch", (size, *case.lhs[1:]), np.float32)
-        expected = oracle.forward(x, ones(case), **case.arguments)
-        np.testing.assert_array_equal(program.call(x), expected)
-
-
 @pytest.mark.parametrize(
     ("padding", "strides"),
     [

@@ -73,16 +73,6 @@ def test_each_group_of_the_next_convolution_sees_each_group_of_the_last():
     )
 
 
-def test_the_gradient_goes_back_and_vmap_shuffles_each():
-    x = random("x", (3, 2, 6), np.float32)
-    cotangent = random("cotangent", x.shape, np.float32)
-    _, vjp = jax.vjp(lambda x: channel_shuffle(x, 2), x)
-    np.testing.assert_array_equal(vjp(cotangent)[0], channel_shuffle(cotangent, 3))
-    mapped = jax.jit(jax.vmap(lambda x: channel_shuffle(x, 2, 0), in_axes=1, out_axes=1))
-    turned = np.moveaxis(x, -1, 0)
-    np.testing.assert_array_equal(mapped(turned), shuffled(turned, 2, 0))
-
-
 @pytest.mark.parametrize(
     "sharding",
     [

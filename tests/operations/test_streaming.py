@@ -1,6 +1,5 @@
 """Causal convolution in chunks: however a sequence is cut, it is that of the whole."""
 
-import itertools
 from typing import Any
 
 import jax
@@ -174,56 +173,6 @@ def test_gradients_flow_through_the_state():
     expected = oracle.contractions(x, w, y, **GROUPS.arguments)[1:]
     for a, e in zip(compute(x, w, y), expected, strict=True):
         oracle.assert_close(a, e, 64)
-
-
-@pytest.mark.usefixtures("x64")
-def test_second_derivatives_are_those_of_the_whole():
-    x, w, _ = GROUPS.random(np.float64)
-
-    def second(conv):
-        def loss(x, w):
-            return jnp.sum(jnp.sin(conv(x, w)))
-
-        def norm(x, w):
-            return sum(jnp.sum(g**2) for g in jax.grad(loss, (0, 1))(x, w))
-
-        return jax.jit(jax.grad(norm, (0, 1)))(x, w)
-
-    actual = second(lambda x, w: in_chunks(GROUPS, (4, 2, 5))(x, w)[0])
-    for a, e in zip(actual, second(GROUPS.lax_conv()), strict=True):
-        np.testing.assert_allclose(a, e, 1e-11, 1e-11)
-
-
-@pytest.mark.parametrize("mapped", [(0, None, 0), (None, 0, None), (0, 0, 0)], ids=str)
-def test_vmap_is_a_loop(mapped):
-    operands = [*GROUPS.random(stack=(3,))[:2], random("state", (3, 2, 4, 6), np.float32)]
-    given = [a if axis == 0 else a[0] for a, axis in zip(operands, mapped, strict=True)]
-
-    def compute(x, w, state):
-        return streaming_conv(x, w, state, **settings(GROUPS))
-
-    outs, states = jax.jit(jax.vmap(compute, mapped))(*given)
-    for i in range(3):
-        x, w, state = (a[i if axis == 0 else 0] for a, axis in zip(operands, mapped, strict=True))
-        whole = np.concatenate([state, x], 1)
-        arguments = {**GROUPS.arguments, "padding": [(0, 0)]}
-        oracle.assert_close(outs[i], oracle.forward(whole, w, **arguments), 64)
-        np.testing.assert_array_equal(states[i], whole[:, -4:])
-
-
-def test_chunks_of_one_length_are_compiled_once():
-    x, w, _ = DEPTHWISE.random()
-    traces = itertools.count()
-
-    @jax.jit
-    def step(x, w, state):
-        next(traces)
-        return streaming_conv(x, w, state, **settings(DEPTHWISE))
-
-    state = initial_state(DEPTHWISE)
-    for t in range(4):
-        _, state = step(x[:, t : t + 1], w, state)
-    assert next(traces) == 1
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -2,7 +2,6 @@
 
 import itertools
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -150,20 +149,6 @@ def test_a_wider_result_and_its_gradients(dtype, implementation):
     actual = value_and_gradients(conv)(x, w, y)
     assert [a.dtype for a in actual] == [jnp.float32, dtype, dtype]
     assert_matches_the_oracle(actual, case, (x, w, y), accumulator=np.float32)
-
-
-def test_the_same_shapes_are_compiled_once():
-    case = TRANSPOSED[1]
-    x, w, _ = case.random()
-    chex.clear_trace_counter()
-
-    @jax.jit
-    @chex.assert_max_traces(n=1)
-    def conv(x, w):
-        return case.conv()(x, w)
-
-    for scale in np.arange(1, 4, dtype=np.float32):
-        conv(scale * x, w)
 
 
 # On Explicit axes.
