@@ -12,7 +12,7 @@ from typing import Annotated
 import jax
 import tyro
 
-from alexnet.picture import save_placement
+from alexnet.reports.placement_picture import save_placement
 from grouped_conv_jax.models import AlexNetConfig
 from grouped_conv_jax.towers import make_mesh
 

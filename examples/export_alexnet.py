@@ -5,7 +5,7 @@ python examples/export_alexnet.py --weights FILE --net caffe --classes FILE.txt 
 python examples/predict.py IMAGE... --model DIR
 python examples/export_alexnet.py --help
 
-What is in DIR, and the lines that load it, are in alexnet/export.py.
+What is in DIR, and the lines that load it, are in alexnet/model_io/export.py.
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from alexnet import export, trained
 from alexnet.config import NetName
 from alexnet.errors import UsageError
+from alexnet.model_io import export, trained
 
 Platform = Literal["cpu", "cuda", "rocm", "tpu"]
 
@@ -58,6 +58,8 @@ class Export:
                 raise UsageError(f"--weights needs --{name}")
             if self.run_dir and given:
                 raise UsageError(f"--{name} is for --weights; a run knows its own")
+        if not self.platforms:
+            raise UsageError("name at least one of --platforms")
         if self.checkpoint is not None and self.run_dir is None:
             raise UsageError("--checkpoint is for --run-dir; --weights are one net")
 
@@ -88,7 +90,7 @@ def read(config: Export) -> trained.Trained:
       UsageError: there is none.
     """
     if config.run_dir:
-        return trained.of_run(config.run_dir, config.checkpoint or trained.NEWEST)
+        return trained.of_run(config.run_dir, config.checkpoint or "newest")
     assert config.weights
     assert config.net
     assert config.classes

@@ -22,10 +22,10 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
-from alexnet import folder
+from alexnet.data import folder
+from alexnet.data.records import FORMAT, INDEX, SUFFIX, Record
+from alexnet.data.sources import DamagedImage, Source, Subset, fingerprint, read_image
 from alexnet.errors import UsageError
-from alexnet.records import FORMAT, INDEX, SUFFIX, Record
-from alexnet.sources import DamagedImage, Source, Subset, fingerprint, read_image
 
 OPTIONS = "group_size:1,uncompressed"
 """Each record can be read alone; compressing a JPEG once more only takes time."""

@@ -27,11 +27,11 @@ from benchmark_models import MODELS, ModelName
 from data_parallel import DataPlacement
 from jax.sharding import AxisType, Mesh
 
-from alexnet.augmentation import Preprocessing
+from alexnet.data.augmentation import Preprocessing
 from alexnet.presets import PAPER_RECIPE
-from alexnet.report import training_report
+from alexnet.reports.placement_report import training_report
 from alexnet.topology import topology_devices
-from alexnet.training import Trainer, tower_net
+from alexnet.training.trainer import Trainer, tower_net
 from grouped_conv_jax.collectives import collectives
 from grouped_conv_jax.models import AlexNetConfig
 from grouped_conv_jax.placement import placement_report

@@ -15,10 +15,10 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from alexnet import export, trained
+from alexnet.data.sources import DamagedImage, read_image
 from alexnet.errors import UsageError
-from alexnet.run import CONFIG
-from alexnet.sources import DamagedImage, read_image
+from alexnet.model_io import export, trained
+from alexnet.training.run import CONFIG
 
 BATCH = 32
 """Images that are answered together, at most."""
@@ -81,7 +81,7 @@ def main() -> None:
     sys.exit(int(answered < len(config.images)))
 
 
-def load(folder: Path, checkpoint: str | None) -> trained.Classifier:
+def load(folder: Path, checkpoint: str | None) -> trained.Trained | export.ExportedNet:
     """The net in a folder.
 
     Raises:
@@ -92,7 +92,7 @@ def load(folder: Path, checkpoint: str | None) -> trained.Classifier:
             raise UsageError(f"--checkpoint is for a run; {folder} is an exported net")
         return export.load(folder)
     if (folder / CONFIG).is_file():
-        return trained.of_run(folder, checkpoint or trained.NEWEST)
+        return trained.of_run(folder, checkpoint or "newest")
     raise UsageError(
         f"--model must be the folder of a run ({CONFIG}) or of an exported net ({export.FACTS}), "
         f"got {folder}"
@@ -100,7 +100,7 @@ def load(folder: Path, checkpoint: str | None) -> trained.Classifier:
 
 
 def predictions(
-    model: trained.Classifier, paths: Sequence[Path], top: int
+    model: trained.Trained | export.ExportedNet, paths: Sequence[Path], top: int
 ) -> Iterator[tuple[Path, list[Prediction]]]:
     """The most probable classes of each file, in the order given.
 

@@ -7,36 +7,33 @@ python examples/train_alexnet.py --compile-only v5e:4x4
 python examples/train_alexnet.py --help
 """
 
-import contextlib
 import dataclasses
 import difflib
-import os
+import logging
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import tyro
 from rich.console import Console
 
-from alexnet import distributed
-from alexnet.augmentation import Preprocessing
-from alexnet.brevity import be_brief
-from alexnet.checkpoints import CANNOT_WRITE
 from alexnet.config import TrainConfig
+from alexnet.data.augmentation import Preprocessing
 from alexnet.errors import RunError, UsageError
-from alexnet.input_profile import profile_input
-from alexnet.loop import Loop, evaluate
-from alexnet.picture import save_placement
+from alexnet.model_io.checkpoints import CANNOT_WRITE
 from alexnet.presets import PRESETS
-from alexnet.report import dump_programs, show_placement, training_report
-from alexnet.run import CONFIG, Run, load, new_trainer, newest_run, set_up, user_errors, warn
-from alexnet.speed import counting_compilations
-from alexnet.state import Evaluation
-from alexnet.stopping import Stop, on_sigterm
+from alexnet.reports.placement_picture import save_placement
+from alexnet.reports.placement_report import dump_programs, show_placement, training_report
 from alexnet.topology import topology_devices
-from alexnet.training import Trainer
+from alexnet.training import processes
+from alexnet.training.input_profile import profile_input
+from alexnet.training.loop import Loop, evaluate
+from alexnet.training.run import CONFIG, Run, load, new_trainer, newest_run, set_up, user_errors
+from alexnet.training.state import Evaluation
+from alexnet.training.trainer import Trainer
 from grouped_conv_jax.towers import make_mesh
 
 INTERRUPTED = 130
@@ -45,59 +42,82 @@ INTERRUPTED = 130
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What the defaults of the other options are."""
+    """The source of the defaults of the other options."""
 
     preset: Annotated[str | None, tyro.conf.arg(metavar="{" + ",".join(PRESETS) + "}")] = None
-    """Settings by name, by default "small"; what is given besides is changed."""
+    """Settings by name, by default "small". Other options change them."""
 
     config: Path | None = None
-    """Settings from a file that a run has written, its config.json, instead of a preset."""
+    """Settings from the config.json of a run, instead of a preset."""
 
 
 def main() -> None:
-    """The command line."""
-    code = 0
+    """Runs the command line."""
     be_brief()
     try:
-        config = parse(sys.argv[1:])
-        with user_errors():
-            towers = config.net_config(num_classes=2, image_channels=3).towers
-        if cpus := config.devices.cpu_devices(towers):
-            jax.config.update("jax_num_cpu_devices", cpus)
-        if config.devices.compile_only is not None:
-            compile_only(config, config.devices.compile_only)
-            sys.exit()
-        use_cache(config.work.cache)
-        with distributed.joined(config) as process, counting_compilations() as compilations:
-            code = train_in(process, config)
-            if distributed.is_first():
-                print(
-                    f"Programs compiled: {compilations.compiled}, in {compilations.seconds:.0f} s; "
-                    f"from the cache: {compilations.from_cache}."
-                )
-    except UsageError as error:
+        start(parse(sys.argv[1:]))
+    except (UsageError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        if isinstance(error.__cause__, OSError):
-            # What else writes in the background fails too, each with a traceback at the exit.
-            sys.stdout.flush()
-            os._exit(1)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("stopped before there was anything to go on from", file=sys.stderr)
-        # A usual exit may crash after a compilation that was interrupted.
-        sys.stdout.flush()
-        os._exit(INTERRUPTED)
-    sys.exit(code)
+        processes.end(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt as error:
+        print(f"stopped{error}", file=sys.stderr)
+        processes.end(INTERRUPTED)
+
+
+def be_brief() -> None:
+    """Keeps libraries from printing tracebacks of errors that the script says in one sentence."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax and grain log what they raise.
+
+    def on_thread(args: threading.ExceptHookArgs) -> None:
+        # The threads that write for TensorBoard find the disk as full as the main one does.
+        if getattr(args.exc_value, "errno", None) not in CANNOT_WRITE:
+            threading.__excepthook__(args)
+
+    def on_unraisable(args: Any) -> None:
+        # tensorstore tells orbax's event loop of an error, after orbax has closed the loop.
+        if str(args.exc_value) != "Event loop is closed":
+            sys.__unraisablehook__(args)
+
+    threading.excepthook, sys.unraisablehook = on_thread, on_unraisable
+
+
+def start(config: TrainConfig) -> None:
+    """Compiles only, trains, tests or measures, as the settings say."""
+    with user_errors():
+        towers = config.net_config(num_classes=2, image_channels=3).towers
+    if cpus := config.devices.cpu_devices(towers):
+        jax.config.update("jax_num_cpu_devices", cpus)
+    if config.devices.compile_only is not None:
+        compile_only(config, config.devices.compile_only)
+        return
+    use_cache(config.work.cache)
+    processes.join(config.devices)
+    run = set_up(config, lambda text: print(text, file=sys.stderr))
+    console = Console(soft_wrap=True, quiet=not processes.is_first())
+    way_back = f"go on with --resume --run-dir {run.folder}"
+    try:
+        work_on(run, console, way_back)
+        run.close()
+        processes.synchronize("done")
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(f"; {way_back}") from error
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        if processes.is_from_a_lost_process(error):
+            raise RunError(f"another process of the run was lost ({reason}); {way_back}") from error
+        if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+            raise RunError(
+                f"cannot write to {run.folder}: {error.strerror}; the last whole checkpoint is "
+                f"{run.checkpoints.newest}"
+            ) from error
+        raise
 
 
 def parse(arguments: Sequence[str]) -> TrainConfig:
-    """The settings: those of a preset, a file or a run to go on with, and what is given besides.
+    """Returns the settings of a preset, a file or a run to resume, changed by the options.
 
     Raises:
-      UsageError: they cannot be had or do not go together.
+      UsageError: they cannot be found or do not go together.
     """
     asked = any(argument in ("-h", "--help") for argument in arguments)
     start, others = tyro.cli(Start, args=list(arguments), return_unknown_args=True, add_help=False)
@@ -106,7 +126,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         nearest = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0)[0]
         raise UsageError(f"unknown --preset {preset}; the nearest is {nearest}")
     if start.preset and start.config:
-        raise UsageError("--preset and --config exclude each other: both say what is the default")
+        raise UsageError("--preset and --config exclude each other: both give the defaults")
     default = TrainConfig.load(start.config)[0] if start.config else PRESETS[preset]
     config = _parse_settings(others, default)
     if config.resume and not asked:
@@ -136,13 +156,13 @@ def _parse_settings(arguments: Sequence[str], default: TrainConfig) -> TrainConf
 
 
 def use_cache(folder: Path | None) -> None:
-    """Keeps compiled programs, so that the next start with the same settings compiles nothing."""
+    """Keeps compiled programs, so that a second start with the same settings compiles nothing."""
     if folder is None:
         return
     jax.config.update("jax_compilation_cache_dir", str(folder.expanduser() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    # Under plain jit a program has a pointer in it, which differs from start to start.
+    # Under plain jit a program contains a pointer, which differs from start to start.
     jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
 
 
@@ -152,7 +172,7 @@ def compile_only(config: TrainConfig, topology: str) -> None:
     Raises:
       UsageError: the settings do not fit the topology, or it cannot be compiled for.
     """
-    jax.config.update("jax_platforms", "cpu")  # Whatever else there is, nothing runs on it.
+    jax.config.update("jax_platforms", "cpu")
     try:
         devices = topology_devices(topology)
     except (ValueError, RuntimeError) as error:
@@ -185,56 +205,24 @@ def compile_only(config: TrainConfig, topology: str) -> None:
         console.print(f"FLOPs of each device, as XLA counts them: {analysis['flops']:,.0f}")
 
 
-def train_in(process: distributed.Process | None, config: TrainConfig) -> int:
-    """Trains, from the beginning or on; in this process alone or as one of several.
-
-    Returns:
-      The exit code.
-    """
-    run = set_up(config, warn)
-    console = Console(soft_wrap=True, quiet=not distributed.is_first())
-    way_back = f"--resume --run-dir {run.folder}"
-    if process:
-        process.way_back = way_back
-    try:
-        with on_sigterm() as stop:
-            work_on(run, console, stop, way_back)
-            run.close()
-    except BaseException as error:
-        # Of several processes those that are left cannot complete what they are saving.
-        if process is None or isinstance(error, RunError):
-            # One error is enough: if this fails too, it is for the same reason.
-            with contextlib.suppress(RunError):
-                run.close()
-        if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
-            raise RunError(
-                f"cannot write to {run.folder}: {error.strerror}; the last whole checkpoint is "
-                f"{run.checkpoints.newest}"
-            ) from error
-        if process is None and isinstance(error, KeyboardInterrupt):
-            print(f"stopped; go on with {way_back}", file=sys.stderr)
-            return INTERRUPTED
-        raise
-    return 0
-
-
-def work_on(run: Run, console: Console, stop: Stop, way_back: str) -> None:
-    """What the settings ask for: to train, to test or to measure."""
-    describe(run, console)
-    if run.config.eval_only:
-        show_result(run, console, evaluate(run))
-    elif run.config.work.profile_input:
-        console.print(profile_input(run), highlight=False)
-    elif (loop := Loop(run, console, stop)).train():
-        show_result(run, console, loop.tested or evaluate(run))
-        console.print(f"All of it is in {run.folder}")
-    else:
-        console.print(f"Asked to stop: all is saved after step {int(run.state.step)}.")
-        console.print(f"Go on with {way_back}")
+def work_on(run: Run, console: Console, way_back: str) -> None:
+    """Trains, tests or measures."""
+    with processes.stop_requests() as asked_to_stop:
+        describe(run, console)
+        console.print(f"Run folder: {run.folder}. If the run is stopped, {way_back}")
+        if run.config.eval_only:
+            show_result(run, console, evaluate(run))
+        elif run.config.work.profile_input:
+            console.print(profile_input(run), highlight=False)
+        elif (loop := Loop(run, console, asked_to_stop)).train():
+            show_result(run, console, loop.tested or evaluate(run))
+            console.print(f"All of it is in {run.folder}")
+        else:
+            console.print(f"Asked to stop: all is saved after step {int(run.state.step)}.")
 
 
 def show_result(run: Run, console: Console, tested: Evaluation) -> None:
-    """Says how good the net is."""
+    """Prints how good the net is."""
     console.print(
         f"Test accuracy: {tested.top1:.2%}, top-5 {tested.top5:.2%}, loss {tested.loss:.4f}.",
         highlight=False,
@@ -244,7 +232,7 @@ def show_result(run: Run, console: Console, tested: Evaluation) -> None:
 
 
 def describe(run: Run, console: Console) -> None:
-    """Shows what is about to be trained, and where it lives."""
+    """Prints what is about to be trained, and where it lives."""
     mesh, config = run.trainer.net.mesh, run.config
     parameters = sum(array.size for array in jax.tree.leaves(run.state.params))
     console.print(
@@ -256,7 +244,7 @@ def describe(run: Run, console: Console) -> None:
     show_placement(console, mesh, run.net.towers, run.state.params)
 
     def alone() -> Trainer:
-        # Compiled to compare the memory with; a device of this process, which can.
+        # The memory is compared with that of a device of this process.
         own = make_mesh(1, 1, jax.local_devices())
         return new_trainer(config, run.dataset, run.net, own, run.trainer.preprocessing)
 
@@ -269,23 +257,22 @@ def describe(run: Run, console: Console) -> None:
             run.image_shape,
             dtype=config.recipe.dtype,
             parts=config.recipe.accumulate,
-            alone=alone if mesh.size > 1 and distributed.is_first() else None,
+            alone=alone if mesh.size > 1 and processes.is_first() else None,
         )
         if config.recipe.accumulate > 1:
-            console.print(f"Of each of the {config.recipe.accumulate} parts of a batch:")
+            console.print(f"For each of the {config.recipe.accumulate} parts of a batch:")
         console.print(str(report), markup=False, highlight=False)
-    if distributed.is_first():
+    if processes.is_first():
         if not config.eval_only:
             save_placement(run.folder / "placement.svg", mesh, run.net)
         if config.work.dump_hlo:
             dump_programs(run.folder, run.trainer, run.batch_size, run.image_shape)
     if run.extension:
         console.print(run.extension, highlight=False)
-    console.print(f"Run folder: {run.folder}")
 
 
 def settings(config: TrainConfig) -> str:
-    """Every setting, in a line for each part."""
+    """Returns every setting, in a line for each part."""
     lines = []
     for part in (config, config.recipe, config.devices, config.work):
         shown = [

@@ -1,1 +1,1 @@
-"""The parts of `train_alexnet.py`."""
+"""The settings of the example, and its packages for data, model files, training and reports."""

@@ -1,9 +1,9 @@
-"""The errors that are one sentence on the command line, without a traceback."""
+"""Errors that the command line prints as one sentence, without a traceback."""
 
 
 class UsageError(Exception):
-    """An option or a folder that the run cannot start with; exit code 2."""
+    """The run cannot start with an option or a folder. The exit code is 2."""
 
 
 class RunError(Exception):
-    """What has stopped a run that had begun; exit code 1."""
+    """A run that had begun cannot go on. The exit code is 1."""

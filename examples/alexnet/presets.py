@@ -1,7 +1,7 @@
-"""Settings by name: `--preset NAME`; every option after it is changed as usual.
+"""Settings by name: `--preset NAME`. Options on the command line change them as usual.
 
-Where a preset names what it should come to, that is from the publication, and "not yet run" says
-that nobody here had the images and the hours.
+The accuracy that a preset names is that of its publication. "Not yet run" says that nobody here had
+the images and the hours.
 """
 
 from dataclasses import replace
@@ -17,88 +17,68 @@ PAPER_RECIPE = Recipe(
     colour=0.1,
     ten_crop=True,
 )
-"""Section 5 of the paper, and 4.1 for the images."""
+"""Sections 4.1 and 5 of the paper."""
 
 RELEASED_RECIPE = replace(PAPER_RECIPE, bias_rate=2.0, decay_biases=False)
-"""What the paper does not say, and the code of 2012 does: biases learn faster and do not decay."""
+"""The code of 2012: other than in the paper, biases learn faster and do not decay."""
 
 CAFFE_RECIPE = Recipe(
     batch_size=256,
     learning_rate=0.01,
     warmup_epochs=0.0,
     schedule="steps",
-    # Every 100,000 steps, and 450,000 of them.
-    drop_epochs=(20.0, 40.0, 60.0, 80.0),
+    drop_epochs=(20.0, 40.0, 60.0, 80.0),  # Every 100,000 of 450,000 steps.
     bias_rate=2.0,
     decay_biases=False,
     normalization="mean",
 )
 
-WORK = Work(workers=8, checkpoint_every=1000)
+TORCHVISION_RECIPE = Recipe(
+    batch_size=256,
+    learning_rate=0.01,
+    warmup_epochs=0.0,
+    schedule="steps",
+    drop_epochs=(30.0, 60.0),
+    weight_decay=1e-4,
+)
+
+LARGE_BATCH_RECIPE = replace(
+    PAPER_RECIPE,
+    batch_size=4096,
+    learning_rate=8.0,
+    warmup_epochs=5.0,
+    schedule="cosine",
+    lars=0.001,
+    bias_rate=0.01 / 8,  # LARS is for kernels. Biases learn as they do in a batch of 128.
+    decay_biases=False,
+    dtype="bfloat16",
+    ema=0.999,
+)
+
+
+def imagenet(net: str, recipe: Recipe) -> TrainConfig:
+    """Returns the settings of a run of 90 epochs on ImageNet."""
+    work = Work(workers=8, checkpoint_every=1000)
+    return TrainConfig(data="folder:imagenet", net=net, epochs=90, recipe=recipe, work=work)
+
 
 PRESETS: dict[str, TrainConfig] = {
-    # On the digits of scikit-learn: above 97 % in one to three minutes on two cores.
+    # The digits of scikit-learn: above 97 % in one to three minutes on two cores.
     "small": TrainConfig(),
-    # Ten photographs, conv1's filters large enough to be looked at: examples/README.md.
-    "photos": TrainConfig(
-        data="photos",
-        net="photos",
-        epochs=60,
-        recipe=Recipe(batch_size=64, learning_rate=0.02, colour=0.1),
-    ),
+    # Ten photographs, with filters of conv1 that are large enough to look at: examples/README.md.
+    "photos": TrainConfig(data="photos", net="photos", epochs=60, recipe=Recipe(colour=0.1)),
     # Krizhevsky, Sutskever, Hinton 2012: 40.7 % top-1 and 18.2 % top-5 error. Not yet run.
-    "paper": TrainConfig(
-        data="folder:imagenet", net="paper", epochs=90, recipe=PAPER_RECIPE, work=WORK
-    ),
+    "paper": imagenet("paper", PAPER_RECIPE),
     # The same on one GPU, half as wide: 1.7 and 1.2 points worse in the paper. Not yet run.
-    "one-tower": TrainConfig(
-        data="folder:imagenet", net="one-tower", epochs=90, recipe=PAPER_RECIPE, work=WORK
-    ),
-    # As it was released. Not yet run.
-    "cuda-convnet": TrainConfig(
-        data="folder:imagenet", net="cuda-convnet", epochs=90, recipe=RELEASED_RECIPE, work=WORK
-    ),
-    # bvlc_alexnet: 57.1 % top-1 and 80.2 % top-5, of the middle crop. Not yet run.
-    "caffe": TrainConfig(
-        data="folder:imagenet", net="caffe", epochs=90, recipe=CAFFE_RECIPE, work=WORK
-    ),
+    "one-tower": imagenet("one-tower", PAPER_RECIPE),
+    # The net as it was released. Not yet run.
+    "cuda-convnet": imagenet("cuda-convnet", RELEASED_RECIPE),
+    # bvlc_alexnet: 57.1 % top-1 and 80.2 % top-5 accuracy, middle crop. Not yet run.
+    "caffe": imagenet("caffe", CAFFE_RECIPE),
     # bvlc_reference_caffenet: 57.4 % and 80.4 %. Not yet run.
-    "caffenet": TrainConfig(
-        data="folder:imagenet", net="caffenet", epochs=90, recipe=CAFFE_RECIPE, work=WORK
-    ),
+    "caffenet": imagenet("caffenet", CAFFE_RECIPE),
     # Krizhevsky 2014, as torchvision trains it: 56.5 % and 79.1 %. Not yet run.
-    "one-weird-trick": TrainConfig(
-        data="folder:imagenet",
-        net="one-weird-trick",
-        epochs=90,
-        recipe=Recipe(
-            batch_size=256,
-            learning_rate=0.01,
-            warmup_epochs=0.0,
-            schedule="steps",
-            drop_epochs=(30.0, 60.0),
-            weight_decay=1e-4,
-        ),
-        work=WORK,
-    ),
+    "one-weird-trick": imagenet("one-weird-trick", TORCHVISION_RECIPE),
     # Many devices: LARS (You, Gitman, Ginsburg 2017), warm-up and a cosine. Not yet run, not tuned.
-    "large-batch": TrainConfig(
-        data="folder:imagenet",
-        net="paper",
-        epochs=90,
-        recipe=replace(
-            PAPER_RECIPE,
-            batch_size=4096,
-            learning_rate=8.0,
-            warmup_epochs=5.0,
-            schedule="cosine",
-            lars=0.001,
-            # LARS is for kernels. Biases learn as they do in a batch of 128.
-            bias_rate=0.01 / 8,
-            decay_biases=False,
-            dtype="bfloat16",
-            ema=0.999,
-        ),
-        work=WORK,
-    ),
+    "large-batch": imagenet("paper", LARGE_BATCH_RECIPE),
 }

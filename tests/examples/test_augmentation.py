@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from alexnet.augmentation import Preprocessing
+from alexnet.data.augmentation import Preprocessing
+from alexnet.data.statistics import Statistics
 from alexnet.errors import UsageError
-from alexnet.statistics import Statistics
 
 SIZE, CROP = 10, 8
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from cases import random
 
-from alexnet.filters import colour_saturation, save_filters
+from alexnet.reports.filters import colour_saturation, save_filters
 
 
 def grey(each: int) -> np.ndarray:

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet import optimizer
 from alexnet.config import Recipe
+from alexnet.training import optimizer
 
 RECIPE = Recipe(learning_rate=0.1, schedule="constant", warmup_epochs=0.0, momentum=0.9)
 

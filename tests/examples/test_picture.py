@@ -3,7 +3,7 @@
 import pytest
 from matplotlib.text import Annotation
 
-from alexnet.picture import ACROSS, draw_placement, save_placement
+from alexnet.reports.placement_picture import ACROSS, draw_placement, save_placement
 from grouped_conv_jax.models import AlexNetConfig
 from grouped_conv_jax.towers import make_mesh
 

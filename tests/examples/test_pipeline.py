@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +13,10 @@ import numpy as np
 import pytest
 from image_folders import damage, save_classes
 
-from alexnet import pipeline
+from alexnet.data import load
+from alexnet.data.pipeline import Batch, Damage, evaluation_batches, training_batches
+from alexnet.data.sources import ArraySource, Dataset, Source
 from alexnet.errors import UsageError
-from alexnet.pipeline import Batch, Damage, evaluation_batches, training_batches
-from alexnet.sources import ArraySource, Dataset, Source, load
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -163,22 +162,6 @@ def test_workers_evaluate_every_image_once(damaged_folder):
     assert not ours[1].images[1:].any()
 
 
-def test_workers_without_shared_memory(damaged_folder, monkeypatch):
-    expected = take(damaged_folder.train, 3)
-    asked = []
-
-    def full(path):
-        asked.append(path)
-        return shutil._ntuple_diskusage(64, 64, 0)  # pyright: ignore[reportAttributeAccessIssue]
-
-    monkeypatch.setattr(shutil, "disk_usage", full)
-    monkeypatch.setattr(pipeline, "SHARED_MEMORY", Path("/"))
-    monkeypatch.setattr(pipeline, "SHARED_FROM", 0)
-    assert not pipeline._has_shared_memory(1)
-    assert_same(take(damaged_folder.train, 3, workers=1), expected)
-    assert asked == [Path("/")] * 2
-
-
 def test_a_damaged_image_is_replaced_by_the_next(damaged_folder):
     source = damaged_folder.train
     following = {2: 4, 3: 4, 20: 0}
@@ -242,15 +225,6 @@ def test_an_image_that_was_damaged_before_is_named(damaged_folder):
     assert lines[0].endswith("a/0.png: it could not be read at first")
 
 
-def test_more_images_in_a_batch_than_there_are():
-    with pytest.raises(UsageError, match="a batch of 5 is more than the 4 training images"):
-        take(numbered(4), 1, batch_size=5)
-    with pytest.raises(ValueError, match=r"rows must be from 0 to 3, got \[4\]"):
-        take(numbered(4), 1, rows=[4])
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        take(numbered(4), 1, batch_size=0)
-
-
 SCRIPT = """
     import os, signal, sys, time
 
@@ -258,7 +232,8 @@ SCRIPT = """
     sys.path.insert(0, {examples!r})
 
     import jax
-    from alexnet import pipeline, sources
+    from alexnet import data
+    from alexnet.data import pipeline, sources
 
     class Spy(sources.ArraySource):
         in_memory = False
@@ -268,7 +243,7 @@ SCRIPT = """
             return image, int(jax.config.jax_platforms == "cpu")
 
     def main():
-        images = sources.load("digits", 8, seed=0).train.source
+        images = data.load("digits", 8, seed=0).train.source
         source = Spy(images.images, images.labels, "spied on")
         settings = dict(batch_size=8, rows=range(8), seed=0, first_step=0, workers=2)
         try:

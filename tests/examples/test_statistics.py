@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 from image_folders import damage, save_classes
 
+from alexnet.data import load
+from alexnet.data.sources import ArraySource
+from alexnet.data.statistics import Statistics, statistics
 from alexnet.errors import UsageError
-from alexnet.sources import ArraySource, Dataset, load
-from alexnet.statistics import Statistics, statistics
 
 
-def as_dataset(images: np.ndarray, fingerprint: str = "0123") -> Dataset:
-    source = ArraySource(images, np.zeros(len(images), np.int32), "images")
-    return Dataset(source, source, ("one",), images.shape[-1], False, fingerprint)
+def as_source(images: np.ndarray) -> ArraySource:
+    return ArraySource(images, np.zeros(len(images), np.int32), "images")
 
 
 def random_images(channels: int = 3) -> np.ndarray:
@@ -31,7 +31,7 @@ def oracle(images: np.ndarray) -> Statistics:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_statistics(channels):
     images = random_images(channels)
-    ours, expected = statistics(as_dataset(images), workers=0, cache=None), oracle(images)
+    ours, expected = statistics(as_source(images), workers=0), oracle(images)
     for array, other in zip(ours[:3], expected[:3], strict=True):
         assert array.dtype == np.float32
         np.testing.assert_allclose(array, other, rtol=1e-5)
@@ -43,8 +43,8 @@ def test_statistics(channels):
 
 def test_statistics_of_some_images():
     images = random_images()
-    some = statistics(as_dataset(images), images=10, workers=0, cache=None)
-    again = statistics(as_dataset(images), images=10, workers=0, cache=None)
+    some = statistics(as_source(images), images=10, workers=0)
+    again = statistics(as_source(images), images=10, workers=0)
     for array, other in zip(some, again, strict=True):
         np.testing.assert_array_equal(array, other)
     # They are ten of these.
@@ -55,7 +55,7 @@ def test_statistics_of_some_images():
 
 def test_statistics_of_images_of_one_colour():
     images = np.full((4, 5, 5, 3), 200, np.uint8)
-    found = statistics(as_dataset(images), workers=0, cache=None)
+    found = statistics(as_source(images), workers=0)
     np.testing.assert_array_equal(found.mean_image, 200)
     np.testing.assert_array_equal(found.std, 1)
     np.testing.assert_array_equal(found.eigenvalues, 0)
@@ -68,7 +68,7 @@ def test_damaged_images_do_not_count(tmp_path):
     damage(tmp_path / "train" / "b" / "0.png", "text")
     data = load(f"folder:{tmp_path}", 16, seed=0)
     sound = np.stack([data.train[i][0] for i in range(11) if i not in (3, 6)])
-    found = statistics(data, workers=0, cache=None)
+    found = statistics(data.train, workers=0)
     np.testing.assert_allclose(found.mean_image, sound.mean(0), rtol=1e-6)
     np.testing.assert_allclose(found.std, oracle(sound).std, rtol=1e-6)
 
@@ -78,55 +78,4 @@ def test_statistics_of_nothing(tmp_path):
     for file in tmp_path.rglob("*.png"):
         damage(file, "text")
     with pytest.raises(UsageError, match="none of 2 training images can be decoded"):
-        statistics(load(f"folder:{tmp_path}", 8, 0), workers=0, cache=tmp_path / "cache")
-    assert not (tmp_path / "cache").exists()
-
-
-def test_statistics_are_kept(tmp_path):
-    first, second = random_images(), random_images() // 2
-    kept = statistics(as_dataset(first), workers=0, cache=tmp_path / "new" / "cache")
-
-    def again(images=second, fingerprint="0123", count=100):
-        found = statistics(
-            as_dataset(images, fingerprint),
-            images=count,
-            workers=0,
-            cache=tmp_path / "new" / "cache",
-        )
-        return np.array_equal(found.mean_image, kept.mean_image)
-
-    # That it is not computed again shows in that other images are not noticed.
-    assert again()
-    assert not again(fingerprint="4567")
-    assert not again(count=30)
-    assert not again(images=np.zeros((40, 5, 5, 3), np.uint8))
-    assert {file.suffix for file in (tmp_path / "new" / "cache").iterdir()} == {".npz"}
-
-
-@pytest.mark.parametrize(
-    "how", ["cut off", "text", "empty", "other arrays", "not finite", "pickle"]
-)
-def test_kept_statistics_that_are_damaged_are_computed_again(tmp_path, how):
-    data = as_dataset(random_images())
-    right = statistics(data, workers=0, cache=tmp_path)
-    (file,) = tmp_path.iterdir()
-    whole = file.read_bytes()
-    if how == "other arrays":
-        np.savez(file, **right._replace(std=np.ones(4, np.float32))._asdict())
-    elif how == "not finite":
-        np.savez(file, **right._replace(std=np.full(3, np.nan, np.float32))._asdict())
-    elif how == "pickle":
-        np.savez(file, **right._replace(std=np.array([{}] * 3))._asdict())
-    else:
-        file.write_bytes({"cut off": whole[:-100], "text": b"text", "empty": b""}[how])
-    for _ in range(2):
-        found = statistics(data, workers=0, cache=tmp_path)
-        for array, other in zip(found, right, strict=True):
-            np.testing.assert_array_equal(array, other)
-    assert file.read_bytes() == whole
-
-
-def test_a_cache_that_cannot_be_written_is_no_error(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    found = statistics(as_dataset(random_images()), workers=0, cache=tmp_path / "file")
-    assert found.std.shape == (3,)
+        statistics(load(f"folder:{tmp_path}", 8, 0).train, workers=0)

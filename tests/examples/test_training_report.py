@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from small_alexnet import TINY
 
-from alexnet.augmentation import Preprocessing
 from alexnet.config import Recipe
-from alexnet.report import training_report
-from alexnet.training import Trainer, tower_net
+from alexnet.data.augmentation import Preprocessing
+from alexnet.reports.placement_report import training_report
+from alexnet.training.trainer import Trainer, tower_net
 from grouped_conv_jax.towers import DATA, GROUP, Placement, make_mesh
 
 EXAMPLES = 4

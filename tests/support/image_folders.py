@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from alexnet.sources import Source
+from alexnet.data.sources import Source
 
 
 def save_classes(folder, counts, size=(40, 30)):

@@ -1,0 +1,1 @@
+"""Files of nets: checkpoints, published weights and exported programs."""

@@ -1,0 +1,1 @@
+"""Reports of a run: metrics, pictures, tables and speed."""

@@ -1,0 +1,1 @@
+"""Training: the state and its steps, the loop over them, and the processes of a run."""
